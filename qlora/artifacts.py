@@ -1,0 +1,155 @@
+"""Artefacts that appear whole or not at all, digests of files, and the lineage of a run."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import UserError, WillNotFit
+
+
+@contextlib.contextmanager
+def atomic_directory(target: Path) -> Iterator[Path]:
+    """A folder `<target>.partial` to write into, renamed to `target` when the block ends without an error.
+
+    An earlier `target` stays readable until then. On any error the partial folder is removed.
+    """
+    partial = target.with_name(target.name + ".partial")
+    replaced = target.with_name(target.name + ".replaced")
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rename(replaced)
+    partial.rename(target)
+    shutil.rmtree(replaced, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new text, never half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"not valid JSON: {error.msg}", f"{path}:{error.lineno}", "delete it and run again") from None
+
+
+def digest(value: Any) -> str:
+    """sha256 of a JSON-serialisable value, independent of key order."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """sha256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(file)
+
+
+def _sha256(file: Any) -> str:  # Python 3.10 has no hashlib.file_digest
+    state = hashlib.sha256()
+    while block := file.read(1 << 20):
+        state.update(block)
+    return state.hexdigest()
+
+
+def quick_digest(directory: Path, patterns: tuple[str, ...] = ("*.safetensors", "*.json", "*.model")) -> str:
+    """A digest of large files by name, size and their first and last megabyte: seconds saved on every run.
+
+    Good enough to notice another checkpoint; the merge checks every 4-bit code anyway.
+    """
+    state = hashlib.sha256()
+    for path in sorted({path for pattern in patterns for path in directory.glob(pattern)}):
+        size = path.stat().st_size
+        state.update(f"{path.name}:{size}:".encode())
+        with path.open("rb") as file:
+            state.update(file.read(1 << 20))
+            file.seek(max(0, size - (1 << 20)))
+            state.update(file.read())
+    return state.hexdigest()
+
+
+def manifest(directory: Path) -> dict[str, dict[str, Any]]:
+    """Size and sha256 of every file below a folder, by relative path."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {str(p.relative_to(directory)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
+
+
+def is_intact(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
+    """Whether every file of a manifest is there with its size."""
+    return all(
+        (p := directory / name).is_file() and p.stat().st_size == entry["bytes"] for name, entry in files.items()
+    )
+
+
+def require_disk(directory: Path, needed: int, purpose: str) -> None:
+    """Raise `WillNotFit` unless `needed` bytes (plus 5 %) are free where `directory` will be."""
+    place = next(parent for parent in (directory, *directory.absolute().parents) if parent.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed * 1.05:
+        raise WillNotFit(
+            f"{purpose} needs {needed / 1e9:.1f} GB of disk, {free / 1e9:.1f} GB are free",
+            str(directory),
+            "free some space, or set output_dir to a larger disk; finished stages are kept and will be skipped",
+        )
+
+
+LOCK_HELD = "QLORA_LOCK_HELD"  # set for processes that a locked run starts
+
+
+@contextlib.contextmanager
+def exclusive(directory: Path) -> Iterator[None]:
+    """Hold a run directory for this process. Raises `UserError` if another one works in it.
+
+    Processes of one launch share the lock of the first.
+    """
+    if os.environ.get(LOCK_HELD) or int(os.environ.get("RANK", "0")) > 0:
+        yield
+        return
+    with (directory / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(
+                "another process works in this run", str(directory), "wait for it, or give the recipe another name"
+            ) from None
+        yield
+
+
+class Lineage:
+    """What each stage of a run did: fingerprint, status, seconds, versions, inputs, outputs, metrics (lineage.json)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.stages: dict[str, dict[str, Any]] = read_json(path)["stages"] if path.is_file() else {}
+
+    def record(self, stage: str, entry: dict[str, Any]) -> None:
+        self.stages[stage] = entry
+        write_json(self.path, {"stages": self.stages})
+
+    def metrics(self, stage: str) -> dict[str, Any]:
+        return self.stages.get(stage, {}).get("metrics", {})

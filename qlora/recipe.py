@@ -1,0 +1,292 @@
+"""The schema of a recipe: a section per stage; every key has a type, a default and a sentence on what it does.
+
+Reading a file, `extends`, overrides and error positions live in `qlora.recipe_file`. Unknown keys are errors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+PositiveInt = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+# Fields of TRL's SFTConfig that `train.args` must not touch, each with the reason.
+REFUSED_TRAIN_ARGS: dict[str, str] = {
+    "output_dir": "the run directory decides where checkpoints go",
+    "assistant_only_loss": "rows arrive with labels; use data.loss_on",
+    "completion_only_loss": "rows arrive with labels; use data.loss_on",
+    "dataset_text_field": "rows arrive tokenised; use data.train[].format",
+    "chat_template_path": "training, calibration and evaluation share one template; use data.chat_template",
+    "max_length": "rows arrive tokenised and cut; use data.max_length",
+    "packing": "use data.packing",
+    "padding_free": "use data.packing",
+    "eos_token": "the tokenizer and template decide where answers end; use data.chat_template",
+    "pad_token": "pad tokens never reach labels, Hessians or metrics, whatever they are",
+    "model_init_kwargs": "the base is loaded from the model section, so that the merge can reproduce it",
+    "bf16": "use model.compute_dtype",
+    "fp16": "use model.compute_dtype",
+    "use_cpu": "use device",
+    "seed": "use seed",
+    "data_seed": "use seed",
+    "report_to": "use track.to",
+    "run_name": "use name",
+    "push_to_hub": "use `qlora publish`",
+    "resume_from_checkpoint": "a run resumes by itself from its last complete checkpoint",
+    "save_strategy": "use train.checkpoint_every",
+    "save_steps": "use train.checkpoint_every",
+    "eval_strategy": "use train.evaluate_every",
+    "eval_steps": "use train.evaluate_every",
+    "load_best_model_at_end": "the adapter of the last step is what is merged and measured",
+    "gradient_checkpointing": "use train.gradient_checkpointing",
+    "per_device_train_batch_size": "use train.micro_batch_size",
+    "gradient_accumulation_steps": "it follows from train.batch_size and train.micro_batch_size",
+    "remove_unused_columns": "the trainer feeds exactly input_ids and labels",
+    "use_liger_kernel": "TRL's deprecated switch; kernels are chosen by the training path",
+    "disable_tqdm": "progress is shown by qlora",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class Model(Section):
+    base: str
+    """Hub id, local directory with safetensors, or a .gguf file (converted once to safetensors in the cache)."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id. The commit found is written into the adapter's base.json."""
+    quantization: Literal["nf4", "fp4", "none"] = "nf4"
+    """How the frozen base is held during training: bitsandbytes 4-bit, or `none` for 16-bit LoRA."""
+    double_quant: bool = True
+    """Quantize the block scales too (0.37 bits per parameter less)."""
+    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Dtype of activations, dequantized weights and all that is not 4-bit. float32 is for tests on small models."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    """Attention of transformers. flash_attention_2 needs its own package."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a checkpoint. Off unless you read that code."""
+
+
+class Source(Section):
+    path: str
+    """Local .json, .jsonl, .csv or .parquet file (relative to the recipe's file), or a dataset's hub id."""
+    config: str | None = None
+    """Configuration of a hub data set."""
+    split: str = "train"
+    """Split of a hub data set."""
+    revision: str | None = None
+    """Revision of a hub data set."""
+    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
+    """Shape of a row; auto recognises it by its columns."""
+    max_rows: PositiveInt | None = None
+    """Use only the first rows."""
+
+
+class Data(Section):
+    train: list[Source] = Field(min_length=1)
+    """Rows to train on; calibration of GPTQ draws from them too."""
+    eval: Source | None = None
+    """Held-out rows for the ladder. Needed by `qlora evaluate`; never trained on, never used for calibration."""
+    loss_on: Literal["completion", "all"] = "completion"
+    """Learn the last answer and its end-of-turn token only, or every token."""
+    max_length: PositiveInt = 2048
+    """Tokens per row; what lies beyond is handled by `overlong`."""
+    overlong: Literal["truncate", "drop"] = "truncate"
+    """Cut rows that are too long on the right, or leave them out. Either is counted and reported."""
+    packing: bool = False
+    """Lay several rows into one sequence of max_length without letting them see each other (TRL's bfd packing)."""
+    chat_template: str | None = None
+    """A named template (chatml, llama-3, …) or a .jinja file. Default: the tokenizer's own."""
+
+
+class Lora(Section):
+    r: PositiveInt = 16
+    """Rank. Higher fits more and costs memory: r·(in+out) parameters per layer."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """Scale: the update is alpha/r · B·A (alpha/√r with rslora)."""
+    dropout: Share = 0.0
+    """Dropout on the adapter's input."""
+    target_modules: str | list[str] = "all-linear"
+    """Which layers get an adapter: `all-linear`, names, or a regular expression."""
+    rslora: bool = False
+    """Rank-stabilised scale alpha/√r (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Weight-decomposed update with a trained magnitude (Liu et al. 2024). Slower in training, free after the merge."""
+    rank_pattern: dict[str, PositiveInt] = {}
+    """Rank per layer name or pattern, where it differs from r."""
+    alpha_pattern: dict[str, float] = {}
+    """Alpha per layer name or pattern, where it differs from alpha."""
+    bias: Literal["none", "lora_only", "all"] = "none"
+    """Train the biases of the base too: none, those of adapted layers, or all."""
+    modules_to_save: list[str] = []
+    """Modules trained in full and stored with the adapter, such as a new head."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the trained parameters (products run in compute_dtype). float32 keeps small updates alive."""
+
+
+class Train(Section):
+    method: Literal["sft"] = "sft"
+    """Supervised fine-tuning through TRL's SFTTrainer."""
+    epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Passes over the training rows."""
+    max_steps: PositiveInt | None = None
+    """Stop after this many optimizer steps, whatever epochs says."""
+    batch_size: PositiveInt | None = None
+    """Rows per optimizer step, over all processes. Default 16, unless tokens_per_step is given."""
+    tokens_per_step: PositiveInt | None = None
+    """Instead of batch_size: tokens per optimizer step; rows per step follow from the mean row length."""
+    micro_batch_size: PositiveInt = 1
+    """Rows per forward pass and process. Larger is faster until memory runs out."""
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """Peak learning rate."""
+    scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """Learning rate schedule after the warm-up."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Steps of linear warm-up."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's weight decay on the adapter."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradient norm above which gradients are scaled down."""
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: about a third slower, several times less memory."""
+    checkpoint_every: PositiveInt = 100
+    """Steps between checkpoints to resume from; the last two are kept."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations of the loss on data.eval during training."""
+    log_every: PositiveInt = 1
+    """Steps between log entries."""
+    processes: PositiveInt = 1
+    """Processes that `qlora run` starts through accelerate (one per GPU)."""
+    args: dict[str, Any] = {}
+    """Any other field of TRL's SFTConfig; what would break a promise of the pipeline is refused with the reason."""
+
+    @model_validator(mode="after")
+    def _one_batch_size(self) -> Train:
+        if self.batch_size is not None and self.tokens_per_step is not None:
+            raise ValueError("give batch_size or tokens_per_step, not both")
+        return self
+
+    @field_validator("args")
+    @classmethod
+    def _refuse_args(cls, args: dict[str, Any]) -> dict[str, Any]:
+        refused = [f"{key} ({REFUSED_TRAIN_ARGS[key]})" for key in args if key in REFUSED_TRAIN_ARGS]
+        if refused:
+            raise ValueError(f"cannot set {', '.join(refused)}")
+        return args
+
+
+class Merge(Section):
+    base: Literal["dequantized", "original"] = "dequantized"
+    """What the adapter is added to: the dequantized base it was trained on (exact), or the 16-bit base."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Dtype of merged weights; the sum is rounded to it once."""
+    max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
+    """Largest safetensors file, in GB."""
+
+
+class Mix(Section):
+    path: str
+    """Text file (.txt: paragraphs separated by blank lines; or rows with a `text` column) with general text."""
+    share: Share = 0.25
+    """Share of calibration rows that come from it."""
+
+
+class Calibration(Section):
+    samples: PositiveInt = 256
+    """Rows, drawn with the recipe's seed from the training rows, rendered as in training."""
+    max_length: PositiveInt = 2048
+    """Tokens per calibration row."""
+    mix: Mix | None = None
+    """General text mixed in, against forgetting what the fine-tune does not use."""
+
+
+class Quantize(Section):
+    bits: Literal[2, 3, 4, 8] = 4
+    """Bits per weight. Serving engines take 4 and 8."""
+    group_size: Literal[-1, 32, 64, 128] = 128
+    """Input channels that share a scale; must divide every layer's inputs. -1: one scale per output channel."""
+    sym: bool = True
+    """Symmetric codes (zero point in the middle). Serving engines want true."""
+    act_order: bool = True
+    """Visit columns by activation size, with static groups: better at no cost, and desc_act stays false."""
+    true_sequential: bool = True
+    """Inside a layer, calibrate each group of linears on the already quantized ones before it."""
+    damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    """Share of the Hessian's mean diagonal added for stability; raised by itself where the Cholesky fails."""
+    calibration: Calibration = Calibration()
+    """Where the calibration rows come from."""
+
+
+class Gates(Section):
+    kl: Annotated[float, Field(gt=0)] | None = None
+    """Highest KL divergence per answer token from the trained to the GPTQ model."""
+    top1: Share | None = None
+    """Lowest share of answer tokens on which both pick the same token."""
+    gain_retained: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Lowest share of the fine-tune's loss improvement that the GPTQ model keeps."""
+    exact_match: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Lowest share of generated answers that equal the reference (needs evaluate.generate)."""
+    merge_kl: Annotated[float, Field(gt=0)] | None = 0.01
+    """Highest KL divergence from the trained to the merged model; more means the merge is not exact."""
+
+
+class Evaluate(Section):
+    rows: PositiveInt | None = 200
+    """Rows of data.eval to use; null for all."""
+    batch_size: PositiveInt = 8
+    """Rows per forward pass."""
+    generate: bool = False
+    """Also generate answers and count exact matches."""
+    max_new_tokens: PositiveInt = 256
+    """Longest generated answer."""
+    gates: Gates = Gates()
+    """Thresholds; a run that misses one ends with exit code 3 and keeps its artefacts."""
+
+
+class Track(Section):
+    to: list[Literal["wandb", "tensorboard"]] = []
+    """Trackers to write to. Without an API key wandb writes an offline run."""
+    project: str = "qlora"
+    """Project of wandb."""
+
+
+class Recipe(Section):
+    """A recipe: what to fine-tune, on what, how, and what the result must hold."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """Name of the run; its directory is <output_dir>/<name>."""
+    output_dir: str = "runs"
+    """Folder of run directories, relative to where the command is started."""
+    seed: int = 0
+    """Seed of adapter initialisation, data order and calibration draw."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto takes a GPU if there is one."""
+    model: Model
+    """The base model and how it is quantized for training."""
+    data: Data
+    """Rows, their shape, and what is learned from them."""
+    lora: Lora = Lora()
+    """The adapter."""
+    train: Train = Train()
+    """The training run."""
+    merge: Merge = Merge()
+    """The exact merge."""
+    quantize: Quantize = Quantize()
+    """GPTQ."""
+    evaluate: Evaluate = Evaluate()
+    """The ladder and its gates."""
+    track: Track = Track()
+    """Experiment trackers."""
+
+    @model_validator(mode="after")
+    def _gates_have_data(self) -> Recipe:
+        if self.evaluate.gates.exact_match is not None and not self.evaluate.generate:
+            raise ValueError("evaluate.gates.exact_match needs evaluate.generate: true")
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
