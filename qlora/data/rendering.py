@@ -1,0 +1,330 @@
+"""Renders a row to tokens and labels: the one place that decides what the model reads and what it learns.
+
+Training, calibration, evaluation and `qlora check` all render here, so they cannot disagree. A rendered row is
+
+    [BOS] prompt … | answer … end-of-turn
+    labels: -100   | the same tokens            (loss_on: completion)
+
+The boundary comes from rendering the prompt alone, exactly as a server does before the model answers, and never from
+searching for a marker in the finished text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from qlora.data.formats import Chat, Completion, Example, Message, Text, needs_template, read_examples
+from qlora.data.sources import malformed
+from qlora.data.templates import adds_bos, resolve_chat_template
+from qlora.errors import Problem, UserError
+from qlora.recipe import Data, Source
+
+IGNORED = -100  # the label of a token that carries no loss
+_SEAMS = ("\n", "0", ".")
+_BATCH = 256  # rows tokenized together: enough for every core, few enough for a smooth progress bar
+
+ProgressCallback = Callable[[int, int], None]
+"""Called with the rows done and the rows in all."""
+
+
+@dataclass(frozen=True)
+class RenderedRow:
+    """A row as the model sees it.
+
+    input_ids: token ids, BOS and end of turn included, no padding.
+    labels: as long as `input_ids`; the token itself where it is supervised, -100 elsewhere. Not shifted.
+    prompt_length: tokens before the last answer; `input_ids[:prompt_length]` is what a server would generate from.
+    truncated: whether the row was longer than `max_length`; then its right end is missing, end of turn included.
+    answer_text: the whole expected answer without its end of turn, even when truncated; None for plain text.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_length: int
+    truncated: bool
+    answer_text: str | None
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that carry loss; the first token of a row never does, as nothing predicts it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What became of the rows of a split. Tokens are counted after truncation."""
+
+    rows_read: int
+    rows: int
+    truncated: int
+    dropped: int
+    tokens: int
+    supervised_tokens: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A rendered split.
+
+    rows and locations go together: `locations[i]` is the file and line (or index) that `rows[i]` came from.
+    chat_template: the Jinja text used, to be saved with the tokenizer; None when no row needed one.
+    """
+
+    split_name: str
+    rows: list[RenderedRow]
+    locations: list[str]
+    statistics: Statistics
+    chat_template: str | None
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The text of a row: what comes before the answer, the answer, and what ends the turn."""
+
+    prompt: str
+    answer: str
+    end: str
+    has_answer: bool  # False for plain text, which is learned as a whole
+
+    @property
+    def text(self) -> str:
+        return self.prompt + self.answer + self.end
+
+
+@dataclass
+class Renderer:
+    """Renders examples for one tokenizer and one set of settings. `chat_template` is Jinja text, needed for chats."""
+
+    tokenizer: PreTrainedTokenizerBase
+    loss_on: str
+    max_length: int
+    chat_template: str | None = None
+    _bos: str = field(init=False)
+    _eos: str = field(init=False)
+    _special: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.tokenizer.eos_token is None:
+            raise UserError("the tokenizer has no EOS token, so no answer could be taught to end", where="model.base")
+        self._eos = str(self.tokenizer.eos_token)
+        self._bos = str(self.tokenizer.bos_token) if adds_bos(self.tokenizer) else ""
+        added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
+        self._special = tuple({*self.tokenizer.all_special_tokens, *added})
+
+    def render(self, example: Example) -> RenderedRow:
+        """Tokens and labels of one example; raises what `render_batch` returns as an error."""
+        row = self.render_batch([example])[0]
+        if isinstance(row, UserError):
+            raise row
+        return row
+
+    def render_batch(self, examples: Sequence[Example]) -> list[RenderedRow | UserError]:
+        """Tokens and labels of every example, tokenized together, which uses all cores.
+
+        A row longer than `max_length` loses tokens on the right: the prompt stays whole as long as it fits, and the
+        model is not taught to stop where the row was cut. An example has a `UserError` in its place when the template
+        cannot render its conversation, or renders it so that the prompt is not its beginning.
+        """
+        parts = [self._parts(example) for example in examples]
+        good = [part for part in parts if isinstance(part, _Parts)]
+        encoded = iter(
+            zip(self._encode([part.prompt for part in good]), self._encode([p.text for p in good]), strict=True)
+        )
+        return [self._label(part, *next(encoded)) if isinstance(part, _Parts) else part for part in parts]
+
+    def _label(self, parts: _Parts, prompt_ids: list[int], joint_ids: list[int]) -> RenderedRow:
+        completion_ids = self._completion_ids(parts, prompt_ids, joint_ids)
+        input_ids = prompt_ids + completion_ids
+        mask_prompt = parts.has_answer and self.loss_on == "completion"
+        labels = [IGNORED] * len(prompt_ids) + completion_ids if mask_prompt else input_ids
+        return RenderedRow(
+            input_ids=input_ids[: self.max_length],
+            labels=labels[: self.max_length],
+            prompt_length=min(len(prompt_ids), self.max_length),
+            truncated=len(input_ids) > self.max_length,
+            answer_text=parts.answer if parts.has_answer else None,
+        )
+
+    def _parts(self, example: Example) -> _Parts | UserError:
+        try:
+            prompt, completion = self._texts(example)
+        except UserError as error:
+            return error
+        answer, end = self._split_end(completion, templated=isinstance(example, Chat))
+        if isinstance(example, Chat) and not answer.strip() and example.messages[-1].get("content", "").strip():
+            fix = "a template for messages whose content is plain text is needed: set data.chat_template"
+            return UserError("the chat template leaves the answer out", fix=fix)
+        return _Parts(prompt, answer, end, has_answer=not isinstance(example, Text))
+
+    def _texts(self, example: Example) -> tuple[str, str]:
+        """The text that a server would send to the model, and the text that follows it."""
+        if isinstance(example, Chat):
+            return self._chat_texts(example)
+        if isinstance(example, Completion):
+            prompt, completion = example.prompt, example.completion
+        else:
+            prompt, completion = "", example.text
+        # Text that was put through a template beforehand carries its own BOS; a second one would degrade the model.
+        return prompt if (prompt + completion).startswith(self._bos) else self._bos + prompt, completion
+
+    def _chat_texts(self, example: Chat) -> tuple[str, str]:
+        try:
+            prompt = self._apply_template(example, example.messages[:-1], add_generation_prompt=True)
+            full = self._apply_template(example, example.messages, add_generation_prompt=False)
+        except jinja2.TemplateError as error:
+            raise UserError(f"the chat template refuses this conversation: {error}") from error
+        if not full.startswith(prompt):
+            agree = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
+            raise UserError(
+                f"the chat template renders the prompt to …{prompt[max(0, agree - 20) :]!r} but the conversation to "
+                f"…{full[max(0, agree - 20) : agree + 20]!r}…: trained that way the model would see another prompt "
+                "than in serving",
+                fix="set data.chat_template to a template whose generation prompt begins the answer it renders",
+            )
+        return prompt, full[len(prompt) :]
+
+    def _apply_template(self, example: Chat, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        return self.tokenizer.apply_chat_template(  # type: ignore[return-value]
+            list(messages),
+            tools=list(example.tools) if example.tools else None,
+            chat_template=self.chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tokenize=False,
+        )
+
+    def _split_end(self, completion: str, *, templated: bool) -> tuple[str, str]:
+        """Splits a completion into the answer and its end of turn, which is never empty.
+
+        The end is the special tokens that close the turn; white space after them (a newline, in most templates) is
+        dropped, as a server stops before it. Where there are none, EOS is the end.
+        """
+        answer = completion
+        while (stripped := answer.rstrip()).endswith(self._special):
+            answer = stripped.removesuffix(max(filter(stripped.endswith, self._special), key=len))
+        end = completion[len(answer) :].rstrip()
+        if end:
+            return answer, end
+        return answer.rstrip() if templated else answer, self._eos
+
+    def _completion_ids(self, parts: _Parts, prompt_ids: list[int], joint_ids: list[int]) -> list[int]:
+        """Tokens of answer and end, given those of the prompt, which stay what a server computes, and of the whole."""
+        if joint_ids[: len(prompt_ids)] == prompt_ids:
+            return joint_ids[len(prompt_ids) :]
+        # A token straddles the boundary ("\n" + "\n" is one token in many vocabularies): tokenize the parts apart, the
+        # second behind a seam that it does not merge with, as some tokenizers put a space before the first word.
+        completion = parts.answer + parts.end
+        for seam in _SEAMS:
+            seam_ids, seamed_ids = self._encode([seam, seam + completion])
+            if seamed_ids[: len(seam_ids)] == seam_ids:
+                return seamed_ids[len(seam_ids) :]
+        return self._encode([completion])[0]
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        # verbose=False: rows longer than the model's window are ours to cut, and no reason for a warning.
+        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []  # type: ignore[return-value]
+
+
+def render(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    loss_on: str = "completion",
+    max_length: int,
+    chat_template: str | None = None,
+) -> RenderedRow:
+    """Renders a single example (see `Renderer.render`); `chat_template` is Jinja text, by default the tokenizer's."""
+    if chat_template is None and needs_template(example):
+        chat_template = resolve_chat_template(tokenizer, None)
+    return Renderer(tokenizer, loss_on, max_length, chat_template).render(example)
+
+
+def render_sources(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Data,
+    *,
+    split_name: str,
+    progress: ProgressCallback | None = None,
+) -> PreparedData:
+    """Renders every row of the sources, in order; rows without a supervised token are kept, for `lint` to report.
+
+    Rows longer than `max_length` are cut, or left out where `overlong` is "drop". Raises `UserError` for sources that
+    cannot be read and rows that cannot be rendered: all of them counted, the first ones shown.
+    """
+    examples = [located for source in sources for located in read_examples(source)]
+    template = None
+    if any(needs_template(example) for example, _ in examples):
+        template = resolve_chat_template(tokenizer, settings.chat_template)
+    renderer = Renderer(tokenizer, settings.loss_on, settings.max_length, template)
+    rows: list[RenderedRow] = []
+    locations: list[str] = []
+    problems: list[Problem] = []
+    for start in range(0, len(examples), _BATCH):
+        batch = examples[start : start + _BATCH]
+        for row, (_, where) in zip(renderer.render_batch([example for example, _ in batch]), batch, strict=True):
+            if isinstance(row, UserError):
+                problems.extend(Problem(problem.what, where, problem.fix) for problem in row.problems)
+            elif not (row.truncated and settings.overlong == "drop"):
+                rows.append(row)
+                locations.append(where)
+        if progress is not None:
+            progress(start + len(batch), len(examples))
+    if problems:
+        raise malformed(problems, len(examples))
+    return PreparedData(split_name, rows, locations, _statistics(rows, len(examples)), template)
+
+
+def prepare(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Data,
+    *,
+    split_name: str,
+    progress: ProgressCallback | None = None,
+) -> PreparedData:
+    """Renders a split that can be trained on or evaluated: as `render_sources`, and every row has something to learn.
+
+    Raises `UserError` also when rows have no supervised token, or when no row is left.
+    """
+    prepared = render_sources(sources, tokenizer, settings, split_name=split_name, progress=progress)
+    if not prepared.rows:
+        raise UserError(
+            f"all {prepared.statistics.rows_read} rows of the {split_name} split are longer than "
+            f"{settings.max_length} tokens and were dropped",
+            where="data.max_length",
+            fix="raise data.max_length, or set data.overlong: truncate",
+        )
+    if problems := unsupervised_rows(prepared, tokenizer):
+        raise malformed(problems, len(prepared.rows))
+    return prepared
+
+
+def unsupervised_rows(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
+    """A problem for every row in which no token carries loss, with the text at its end."""
+    problems = []
+    for row, where in zip(prepared.rows, prepared.locations, strict=True):
+        if row.supervised_tokens == 0:
+            tail = tokenizer.decode(row.input_ids[-20:])
+            reason, fix = "no token carries loss", "a row needs an answer, or text, to learn"
+            if row.truncated:
+                reason = f"no token carries loss: the prompt alone fills max_length ({len(row.input_ids)} tokens)"
+                fix = "raise data.max_length, shorten the prompt, or set data.overlong: drop"
+            problems.append(Problem(f"{reason}; it ends …{tail!r}", where, fix))
+    return problems
+
+
+def _statistics(rows: Sequence[RenderedRow], rows_read: int) -> Statistics:
+    return Statistics(
+        rows_read=rows_read,
+        rows=len(rows),
+        truncated=sum(row.truncated for row in rows),
+        dropped=rows_read - len(rows),
+        tokens=sum(len(row.input_ids) for row in rows),
+        supervised_tokens=sum(row.supervised_tokens for row in rows),
+        longest=max((len(row.input_ids) for row in rows), default=0),
+    )

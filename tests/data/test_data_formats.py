@@ -1,0 +1,72 @@
+"""Rows of every format become the same normal forms, and a row that does not fit is named with its columns."""
+
+import pytest
+
+from qlora.data.formats import Chat, Completion, Text, detect_format, read_examples, to_example
+from qlora.data.sources import RawRows
+from qlora.errors import UserError
+
+QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+FITTING = [
+    ({"messages": [QUESTION, ANSWER]}, "messages", Chat((QUESTION, ANSWER))),
+    ({"prompt": "q", "completion": "a"}, "prompt_completion", Completion("q", "a")),
+    ({"prompt": [QUESTION], "completion": [ANSWER]}, "prompt_completion", Chat((QUESTION, ANSWER))),
+    ({"instruction": "q", "input": "", "output": "a"}, "instruction", Chat((QUESTION, ANSWER))),
+    ({"instruction": "q", "output": "a", "text": "q a"}, "instruction", Chat((QUESTION, ANSWER))),
+    ({"question": "q", "answer": "a"}, "instruction", Chat((QUESTION, ANSWER))),
+    ({"text": "t"}, "text", Text("t")),
+]
+
+
+@pytest.mark.parametrize("row, format, example", FITTING)
+def test_detection_and_normal_form(row, format, example):
+    assert detect_format(RawRows([row], "rows")) == format
+    assert to_example(row, format) == example
+
+
+def test_the_input_follows_the_instruction():
+    example = to_example({"instruction": "Translate", "input": "chat", "output": "cat"}, "instruction")
+    assert example.messages[0]["content"] == "Translate\n\nchat"
+
+
+def test_keys_that_a_columnar_file_filled_with_null_are_left_out():
+    padded = [{**QUESTION, "tool_calls": None}, {**ANSWER, "tool_calls": None}]
+    assert to_example({"messages": padded}, "messages") == Chat((QUESTION, ANSWER))
+
+
+def test_tools_reach_the_example():
+    tool = {"type": "function", "function": {"name": "f"}}
+    assert to_example({"messages": [QUESTION, ANSWER], "tools": [tool]}, "messages").tools == (tool,)
+
+
+@pytest.mark.parametrize(
+    "row, format, message",
+    [
+        ({"prompt": "q"}, "prompt_completion", "needs the columns `prompt`, `completion`; this row has `prompt`"),
+        ({"prompt": "q", "completion": None}, "prompt_completion", "`completion` must hold text, not nothing"),
+        ({"prompt": [QUESTION], "completion": "a"}, "prompt_completion", "a list of one assistant message"),
+        ({"instruction": "q", "output": 3}, "instruction", "`output` must hold text, not int '3'"),
+        ({"messages": "[]"}, "messages", "must be a list of messages, not str"),
+        ({"messages": []}, "messages", "must be a list of messages, not an empty list"),
+        ({"messages": [QUESTION]}, "messages", "the last message is from `user`: there is no answer to learn"),
+        ({"messages": [ANSWER]}, "messages", "no message before the answer"),
+        ({"messages": [{"from": "human", "value": "q"}]}, "messages", "message 0 .* a `role` and a `content`"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": None}]}, "messages", "message 1 .* must be text"),
+    ],
+)
+def test_a_row_that_does_not_fit(row, format, message):
+    with pytest.raises(UserError, match=f"rows:7: .*{message}"):
+        to_example(row, format, "rows:7")
+
+
+def test_unknown_columns_are_listed_with_what_would_fit(jsonl_source):
+    with pytest.raises(UserError, match=r"train\.jsonl:1: the columns `body`, `head` fit no known format") as caught:
+        read_examples(jsonl_source([{"body": "", "head": ""}]))
+    assert "`question`, `answer` (instruction)" in str(caught.value)
+
+
+def test_all_bad_rows_are_counted(jsonl_source):
+    rows = [{"text": "ok"}, *({"text": number} for number in range(9))]
+    with pytest.raises(UserError, match="4 more: 9 of 10 rows"):
+        read_examples(jsonl_source(rows))

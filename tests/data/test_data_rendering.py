@@ -1,0 +1,249 @@
+"""Tokens and labels: the supervised tokens are the answer and its end, the rest is what a server would send."""
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from qlora.data.formats import Chat, Completion, Text
+from qlora.data.rendering import IGNORED, prepare, render, render_sources
+from qlora.data.templates import resolve_chat_template
+from qlora.errors import UserError
+
+TOKENIZERS = ["chatml_tokenizer", "llama3_tokenizer"]
+texts = st.text(alphabet=st.sampled_from(list("abcxyz  \n\n\t.,:é漢🙂{}\"'<|>")), max_size=30)
+PROPERTY = settings(max_examples=60, deadline=None)
+
+
+def chat(*contents: str) -> Chat:
+    roles = ("user", "assistant") * len(contents)
+    return Chat(tuple({"role": role, "content": text} for role, text in zip(roles, contents, strict=False)))
+
+
+def supervised_text(row, tokenizer) -> str:
+    return tokenizer.decode([label for label in row.labels if label != IGNORED])
+
+
+@pytest.fixture(params=TOKENIZERS)
+def tokenizer(request):
+    return request.getfixturevalue(request.param)
+
+
+END_OF_TURN = {"chatml_tokenizer": "<|im_end|>", "llama3_tokenizer": "<|eot_id|>"}
+
+
+class TestProperties:
+    """For any text: fixtures are requested by name, as hypothesis runs a test many times."""
+
+    @pytest.mark.parametrize("name", TOKENIZERS)
+    def test_chat(self, request, name):
+        tokenizer, end = request.getfixturevalue(name), END_OF_TURN[name]
+
+        @PROPERTY
+        @given(texts, texts, texts, texts)
+        def check(question, first, followup, answer):
+            example = chat(question, first, followup, answer)
+            row = render(example, tokenizer, max_length=10_000)
+            prompt = tokenizer.apply_chat_template(
+                list(example.messages[:-1]), add_generation_prompt=True, return_dict=True
+            )["input_ids"]
+            assert row.input_ids[: row.prompt_length] == prompt
+            assert row.labels[: row.prompt_length] == [IGNORED] * row.prompt_length
+            assert row.labels[row.prompt_length :] == row.input_ids[row.prompt_length :]
+            assert supervised_text(row, tokenizer) == answer + end
+            assert row.answer_text == answer
+            assert not row.truncated and len(row.labels) == len(row.input_ids)
+
+        check()
+
+    @pytest.mark.parametrize("name", TOKENIZERS)
+    def test_prompt_and_completion(self, request, name):
+        tokenizer = request.getfixturevalue(name)
+
+        @PROPERTY
+        @given(texts, texts)
+        def check(prompt, completion):
+            row = render(Completion(prompt, completion), tokenizer, max_length=10_000)
+            assert row.input_ids[: row.prompt_length] == tokenizer(prompt)["input_ids"]
+            assert supervised_text(row, tokenizer) == completion + tokenizer.eos_token
+            assert row.answer_text == completion
+
+        check()
+
+    def test_prompt_and_completion_where_words_carry_a_leading_space(self, spaced_tokenizer):
+        @PROPERTY
+        @given(texts, texts)
+        def check(prompt, completion):
+            assume(prompt and completion)
+            row = render(Completion(prompt, completion), spaced_tokenizer, max_length=10_000)
+            assert row.input_ids[: row.prompt_length] == spaced_tokenizer(prompt)["input_ids"]
+            # No space appears at the seam: the whole row reads as the two texts written one after the other.
+            assert spaced_tokenizer.decode(row.input_ids, skip_special_tokens=True) == prompt + completion
+
+        check()
+
+    @pytest.mark.parametrize("name", TOKENIZERS)
+    def test_truncation_keeps_the_left_end(self, request, name):
+        tokenizer = request.getfixturevalue(name)
+
+        @PROPERTY
+        @given(texts, texts, st.integers(1, 60))
+        def check(question, answer, max_length):
+            whole = render(chat(question, answer), tokenizer, max_length=10_000)
+            cut = render(chat(question, answer), tokenizer, max_length=max_length)
+            assert cut.input_ids == whole.input_ids[:max_length]
+            assert cut.labels == whole.labels[:max_length]
+            assert cut.truncated == (len(whole.input_ids) > max_length)
+            assert cut.prompt_length == min(whole.prompt_length, max_length)
+            assert cut.answer_text == answer
+
+        check()
+
+
+def test_eos_is_supervised_although_it_is_the_pad_token(chatml_tokenizer):
+    row = render(chat("q", "yes"), chatml_tokenizer, max_length=99)
+    assert chatml_tokenizer.pad_token_id == chatml_tokenizer.eos_token_id == row.labels[-1]
+
+
+def test_text_after_the_end_of_turn_is_dropped(chatml_tokenizer):
+    example = chat("q", "yes")
+    full = chatml_tokenizer.apply_chat_template(list(example.messages), tokenize=False)
+    row = render(example, chatml_tokenizer, max_length=99)
+    assert full.endswith("<|im_end|>\n")
+    assert chatml_tokenizer.decode(row.input_ids) == full[:-1]
+
+
+def test_loss_on_all(tokenizer):
+    row = render(chat("q", "a"), tokenizer, loss_on="all", max_length=99)
+    assert row.labels == row.input_ids
+    assert 0 < row.prompt_length < len(row.input_ids)
+
+
+def test_plain_text_is_learned_whole(tokenizer):
+    row = render(Text("The quick fox"), tokenizer, max_length=99)
+    assert row.labels == row.input_ids == [*tokenizer("The quick fox")["input_ids"], tokenizer.eos_token_id]
+    assert row.answer_text is None
+
+
+def test_no_second_bos_or_eos_where_the_text_has_its_own(llama3_tokenizer):
+    bos, eos = llama3_tokenizer.bos_token, llama3_tokenizer.eos_token
+    plain = render(Completion("q", "a"), llama3_tokenizer, max_length=99)
+    assert render(Completion(bos + "q", "a" + eos), llama3_tokenizer, max_length=99) == plain
+    assert render(Text(f"{bos}t{eos}\n"), llama3_tokenizer, max_length=99).input_ids == (
+        render(Text("t"), llama3_tokenizer, max_length=99).input_ids
+    )
+
+
+def test_one_bos_in_chats(llama3_tokenizer):
+    row = render(chat("q", "a"), llama3_tokenizer, max_length=99)
+    assert row.input_ids.count(llama3_tokenizer.bos_token_id) == 1 and row.input_ids[0] == llama3_tokenizer.bos_token_id
+
+
+def test_eos_is_taught_where_the_template_ends_with_no_special_token(llama3_tokenizer):
+    template = resolve_chat_template(llama3_tokenizer, "chatml")  # its markers are ordinary text to this tokenizer
+    row = render(chat("q", "a"), llama3_tokenizer, max_length=99, chat_template=template)
+    assert supervised_text(row, llama3_tokenizer) == "a<|im_end|>" + llama3_tokenizer.eos_token
+
+
+def test_both_ends_are_taught_where_a_template_closes_turn_and_text(llama3_tokenizer):
+    template = "{% for m in messages %}{{ m.role + ':' + m.content + '<|eot_id|>\\n' }}{% endfor %}" + (
+        "{% if add_generation_prompt %}{{ 'assistant:' }}{% else %}{{ eos_token }}{% endif %}"
+    )
+    row = render(chat("q", "a"), llama3_tokenizer, max_length=99, chat_template=template)
+    assert supervised_text(row, llama3_tokenizer) == "a<|eot_id|>\n<|end_of_text|>"
+    assert row.answer_text == "a"
+
+
+def test_text_that_the_template_puts_before_the_answer_is_learned(chatml_tokenizer):
+    """As Qwen3, which renders an empty thought into an answer without one."""
+    template = chatml_tokenizer.chat_template.replace(
+        "message['content']",
+        "('<think></think>' if loop.last and message['role'] == 'assistant' else '') + message['content']",
+    )
+    row = render(chat("q", "a"), chatml_tokenizer, max_length=99, chat_template=template)
+    assert row.answer_text == "<think></think>a"
+
+
+def test_a_generation_prompt_that_the_answer_does_not_begin_with_is_refused(chatml_tokenizer):
+    """As DeepSeek-R1, whose generation prompt opens a thought that rendered answers do not have."""
+    template = chatml_tokenizer.chat_template.replace(
+        "assistant\\n' }}\n{%- endif", "assistant\\n<think>' }}\n{%- endif"
+    )
+    assert template != chatml_tokenizer.chat_template
+    with pytest.raises(UserError, match="another prompt than in serving"):
+        render(chat("q", "a"), chatml_tokenizer, max_length=99, chat_template=template)
+
+
+def test_a_conversation_that_the_template_refuses(chatml_tokenizer):
+    template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(UserError, match="refuses this conversation: System role not supported"):
+        render(chat("q", "a"), chatml_tokenizer, max_length=99, chat_template=template)
+
+
+def test_a_template_that_loses_the_answer(chatml_tokenizer):
+    """As templates of vision models, which look for text inside a list of parts."""
+    template = chatml_tokenizer.chat_template.replace("message['content']", "message['content'][0]['text']")
+    with pytest.raises(UserError, match="leaves the answer out"):
+        render(
+            chat("q", "a"), chatml_tokenizer, max_length=99, chat_template=template.replace(" + message", " ~ message")
+        )
+
+
+def test_prepare_counts_and_locates(jsonl_source, chatml_tokenizer, data_settings):
+    source = jsonl_source([{"prompt": "p", "completion": "c" * length} for length in (1, 2, 40)])
+    reported = []
+    prepared = prepare(
+        [source, source],
+        chatml_tokenizer,
+        data_settings(max_length=10),
+        split_name="train",
+        progress=lambda done, total: reported.append((done, total)),
+    )
+    assert (prepared.statistics.rows_read, prepared.statistics.rows, prepared.statistics.truncated) == (6, 6, 2)
+    assert prepared.statistics.tokens == sum(len(row.input_ids) for row in prepared.rows)
+    assert prepared.statistics.supervised_tokens == sum(
+        label != IGNORED for row in prepared.rows for label in row.labels
+    )
+    assert prepared.locations[5].endswith("train.jsonl:3")
+    assert prepared.chat_template is None
+    assert reported[-1] == (6, 6)
+
+
+def test_overlong_rows_are_dropped_when_asked(jsonl_source, chatml_tokenizer, data_settings):
+    source = jsonl_source([{"prompt": "p", "completion": "c" * length} for length in (1, 40)])
+    prepared = prepare([source], chatml_tokenizer, data_settings(max_length=10, overlong="drop"), split_name="train")
+    assert (len(prepared.rows), prepared.statistics.dropped, prepared.statistics.truncated) == (1, 1, 0)
+    with pytest.raises(UserError, match="all 2 rows of the train split are longer than 1 tokens"):
+        prepare([source], chatml_tokenizer, data_settings(max_length=1, overlong="drop"), split_name="train")
+
+
+def test_rows_without_a_supervised_token_are_counted_and_shown(jsonl_source, chatml_tokenizer, data_settings):
+    source = jsonl_source([{"prompt": "word " * 50, "completion": "c"}] * 7 + [{"prompt": "p", "completion": "c"}])
+    with pytest.raises(UserError) as caught:
+        prepare([source], chatml_tokenizer, data_settings(max_length=20), split_name="train")
+    message = str(caught.value)
+    assert "train.jsonl:1: no token carries loss: the prompt alone fills max_length (20 tokens); it ends …'" in message
+    assert "2 more: 7 of 8 rows" in message
+    kept = render_sources([source], chatml_tokenizer, data_settings(max_length=20), split_name="train")
+    assert len(kept.rows) == 8
+
+
+def test_the_first_token_of_a_row_is_never_supervised(chatml_tokenizer):
+    row = render(Text(""), chatml_tokenizer, max_length=9)
+    assert row.labels == [chatml_tokenizer.eos_token_id] and row.supervised_tokens == 0
+
+
+def test_data_that_need_a_template_without_one(jsonl_source, spaced_tokenizer, data_settings):
+    source = jsonl_source([{"question": "q", "answer": "a"}])
+    with pytest.raises(UserError, match="this model's tokenizer has no chat template"):
+        prepare([source], spaced_tokenizer, data_settings(), split_name="train")
+    prepared = prepare([source], spaced_tokenizer, data_settings(chat_template="mistral"), split_name="train")
+    assert prepared.chat_template == resolve_chat_template(spaced_tokenizer, "mistral")
+    assert supervised_text(prepared.rows[0], spaced_tokenizer).strip() == "a</s>"
+
+
+def test_rows_that_cannot_be_rendered_are_located(jsonl_source, chatml_tokenizer, data_settings, tmp_path):
+    template = tmp_path / "strict.jinja"
+    template.write_text("{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}{{ eos_token }}")
+    source = jsonl_source([{"question": question, "answer": "a"} for question in ("good", "bad")])
+    with pytest.raises(UserError, match=r"train\.jsonl:2: the chat template refuses this conversation: no"):
+        prepare([source], chatml_tokenizer, data_settings(chat_template=str(template)), split_name="train")

@@ -1,0 +1,139 @@
+"""Reading rows: every file kind gives the same rows, and every mistake names its file and line."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from qlora.data.sources import is_local, load_rows, load_texts, source_digest
+from qlora.errors import UserError
+
+ROWS = [{"prompt": "a", "completion": "b\nc"}, {"prompt": 'ü, "x"', "completion": "d"}]
+
+
+@pytest.fixture
+def files(tmp_path):
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n\n" for row in ROWS))
+    (tmp_path / "rows.json").write_text(json.dumps(ROWS, indent=1))
+    (tmp_path / "lines.json").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    (tmp_path / "rows.csv").write_text('\ufeffprompt,completion\na,"b\nc"\n"ü, ""x""",d\n', encoding="utf-8")
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(ROWS), tmp_path / "rows.parquet")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "lines.json", "rows.csv", "rows.parquet"])
+def test_every_kind_of_file_gives_the_same_rows(files, make_source, name):
+    loaded = load_rows(make_source(files / name))
+    assert list(loaded) == ROWS
+    assert name in loaded.where(1)
+
+
+def test_blank_lines_do_not_shift_line_numbers(files, make_source):
+    assert load_rows(make_source(files / "rows.jsonl")).where(1).endswith("rows.jsonl:3")
+
+
+def test_max_rows_keeps_the_first(files, make_source):
+    assert list(load_rows(make_source(files / "rows.csv", max_rows=1))) == ROWS[:1]
+
+
+def test_malformed_lines_are_all_counted_and_the_first_shown(tmp_path, make_source):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "ok"}\n' + '{"text": \n' * 7 + "[1]\n")
+    with pytest.raises(UserError) as caught:
+        load_rows(make_source(path))
+    message = str(caught.value)
+    assert f"{path}:2: not valid JSON" in message
+    assert f"{path}:6" in message and f"{path}:7" not in message
+    assert "3 more: 8 of 9 rows" in message
+
+
+def test_other_malformed_files(tmp_path, make_source):
+    cases = {
+        "list.json": (b'[{"text": "a"},]', "list.json:1: not valid JSON"),
+        "item.json": (b'[{"text": "a"}, 3]', "item.json, row 1: a row must be a JSON object"),
+        "short.csv": (b"prompt,completion\na,b\nc\n", "short.csv:3: not as many fields"),
+        "quote.csv": (b'prompt,completion\na,"b\n', "quote.csv:2: not valid CSV"),
+        "latin.jsonl": ('{"text": "é"}'.encode("latin-1"), "latin.jsonl:1: not UTF-8"),
+        "fake.parquet": (b"hello", "not a Parquet file"),
+        "empty.jsonl": (b"\n", "there are no rows"),
+        "empty.csv": (b"prompt,completion\n", "there are no rows"),
+        "notes.docx": (b"", "cannot read .docx"),
+    }
+    for name, (content, message) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(UserError, match=message):
+            load_rows(make_source(tmp_path / name))
+
+
+def test_a_missing_file_suggests_its_neighbours(files, make_source):
+    with pytest.raises(UserError, match=r"Did you mean .*lines\.json"):
+        load_rows(make_source(files / "linse.json"))
+    with pytest.raises(UserError, match="the folder .*nowhere is missing"):
+        load_rows(make_source(files / "nowhere" / "deep" / "rows.json"))
+
+
+def test_a_folder_gives_the_files_of_its_split_only(tmp_path, make_source):
+    for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    assert [row["text"] for row in load_rows(make_source(tmp_path))] == ["train-0.jsonl", "train-1.jsonl"]
+    assert [row["text"] for row in load_rows(make_source(tmp_path, split="test"))] == ["test.jsonl"]
+    with pytest.raises(UserError, match="no file for the split `validation`"):
+        load_rows(make_source(tmp_path, split="validation"))
+
+
+def test_a_folder_of_unnamed_shards_is_read_whole(tmp_path, make_source):
+    for name in ("part-0.jsonl", "part-1.jsonl"):
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    assert len(load_rows(make_source(tmp_path))) == 2
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no data file"):
+        load_rows(make_source(tmp_path / "empty"))
+
+
+def test_local_paths_and_hub_ids_are_told_apart():
+    assert is_local("/data/rows.jsonl") and is_local("rows.jsonl") and is_local("./folder/of/files")
+    assert not is_local("HuggingFaceH4/ultrachat_200k") and not is_local("gsm8k")
+
+
+def test_the_digest_follows_content_and_not_the_file(files, make_source):
+    source = make_source(files / "rows.jsonl")
+    before = source_digest(source)
+    (files / "rows.jsonl").touch()
+    assert source_digest(source) == before
+    with (files / "rows.jsonl").open("a") as stream:
+        stream.write("{}\n")
+    assert source_digest(source) != before
+
+
+def test_a_hub_digest_of_a_pinned_commit_needs_no_network(make_source):
+    digests = {source_digest(make_source("owner/name", revision=commit * 40)) for commit in "ab"}
+    assert len(digests) == 2
+
+
+def test_texts_come_in_paragraphs_or_rows(tmp_path, jsonl_source):
+    (tmp_path / "general.txt").write_text("one\nline two\n\n \nthree\n")
+    assert load_texts(str(tmp_path / "general.txt")) == ["one\nline two", "three\n"]
+    assert load_texts(jsonl_source([{"text": "a"}, {"text": "b"}]).path) == ["a", "b"]
+    with pytest.raises(UserError, match="1 rows have no text"):
+        load_texts(jsonl_source([{"text": "a"}, {"body": "b"}]).path)
+    with pytest.raises(UserError, match=r"Did you mean general\.txt"):
+        load_texts(str(tmp_path / "generel.txt"))
+
+
+def test_a_hub_data_set_out_of_reach():
+    program = (
+        "from qlora.data.sources import load_rows\n"
+        "from qlora.errors import UserError\n"
+        "from qlora.recipe import Source\n"
+        "try:\n"
+        "    load_rows(Source(path='nobody/no-such-data'))\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert "hub data set nobody/no-such-data [train]: cannot be read from the hub" in result.stdout, result.stderr
