@@ -1,0 +1,332 @@
+"""Reading and writing safetensors checkpoints one tensor at a time, so that memory never grows with the model.
+
+A safetensors file is an 8-byte little-endian header length, a JSON header `{name: {dtype, shape, data_offsets}}` padded
+with spaces to a multiple of 8, and the tensors' raw bytes (https://github.com/huggingface/safetensors, "Format").
+The library's own reader maps the file and its writer wants every tensor at once; here tensors are read into memory that
+they own, and written at offsets known in advance from a plan.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+from qlora.errors import UserError, WillNotFit
+
+WEIGHTS_NAME = "model.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+DEFAULT_SHARD_BYTES = 5 * 10**9
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
+TEMPLATE_FOLDER = "additional_chat_templates"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor is, without its data."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class _Location:
+    """Where the bytes of one tensor stand."""
+
+    file: Path
+    offset: int
+    spec: TensorSpec
+
+
+class CheckpointReader:
+    """The tensors of a local directory: `model.safetensors`, an index with its shards, or one other safetensors file.
+
+    Construction reads headers only. Raises UserError when there is no checkpoint, a shard is missing, or a file is
+    damaged or truncated.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = Path(directory)
+        self._locations = _locate_tensors(self.directory)
+
+    def names(self) -> list[str]:
+        """All tensor names, shard after shard, in the order of their bytes."""
+        return list(self._locations)
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor, from the header alone. Raises KeyError for an unknown name."""
+        return self._locations[name].spec
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in memory of its own: no pages of the file stay mapped. Raises KeyError if unknown."""
+        location = self._locations[name]
+        data = torch.empty(location.spec.nbytes, dtype=torch.uint8)
+        buffer = data.numpy().data
+        with open(location.file, "rb", buffering=0) as file:
+            file.seek(location.offset)
+            done = 0
+            while done < len(buffer):
+                # One call reads at most 2 GiB on Linux.
+                count = file.readinto(buffer[done:])
+                if not count:
+                    raise UserError(f"the file ended inside {name}", where=str(location.file), fix="download it again")
+                done += count
+        return data.view(location.spec.dtype).reshape(location.spec.shape)
+
+
+class CheckpointWriter:
+    """Streams the tensors of a plan known in advance to safetensors shards; holds at most one tensor.
+
+    Files are named as transformers names them. The same plan and tensors give the same bytes, whatever the order of
+    `write`. A context manager: leaving it normally closes, and closing raises if a planned tensor was never written.
+    Raises WillNotFit when the disk has too little space for the plan.
+    """
+
+    def __init__(
+        self, directory: Path, plan: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES
+    ) -> None:
+        self.directory = Path(directory)
+        free = shutil.disk_usage(self.directory).free
+        if total_bytes(plan) > free:
+            raise WillNotFit(
+                f"{total_bytes(plan) / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB free on the disk",
+                where=str(self.directory),
+                fix="free some space, or choose another output directory",
+            )
+        self._locations: dict[str, _Location] = {}
+        self._descriptors: dict[Path, int] = {}
+        self._missing = set(plan)
+        shards = _split_into_shards(plan, max_shard_bytes)
+        for number, shard in enumerate(shards, start=1):
+            name = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            self._start_shard(self.directory / name, shard)
+        if len(shards) > 1:
+            self._write_index(plan)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one planned tensor, in any order.
+
+        Raises ValueError if the tensor is not planned, was written already, or differs from the plan in dtype or shape.
+        """
+        if name not in self._missing:
+            raise ValueError(f"{name} is {'written twice' if name in self._locations else 'not in the plan'}")
+        location = self._locations[name]
+        found = TensorSpec(tensor.dtype, tuple(tensor.shape))
+        if found != location.spec:
+            raise ValueError(f"{name}: planned {location.spec}, got {found}")
+        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        _write_at(self._descriptors[location.file], data.numpy().data, location.offset)
+        self._missing.remove(name)
+
+    def close(self) -> None:
+        """Flush to disk. Raises RuntimeError when a planned tensor was never written."""
+        if self._missing:
+            self._release()
+            raise RuntimeError(f"{len(self._missing)} planned tensors were never written: {sorted(self._missing)[:5]}")
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+        self._release()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._release()
+
+    def _release(self) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+        self._descriptors.clear()
+
+    def _start_shard(self, path: Path, shard: Mapping[str, TensorSpec]) -> None:
+        # Widest dtype first, as the safetensors library sorts, keeps every tensor aligned to its own element size.
+        ordered = sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        for name, spec in ordered:
+            start, end = end, end + spec.nbytes
+            header[name] = {
+                "dtype": DTYPE_NAMES[spec.dtype],
+                "shape": list(spec.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % 8)
+        data_start = 8 + len(text)
+        offset = data_start
+        for name, spec in ordered:
+            self._locations[name] = _Location(path, offset, spec)
+            offset += spec.nbytes
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._descriptors[path] = descriptor
+        _write_at(descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0)
+        os.ftruncate(descriptor, data_start + end)
+
+    def _write_index(self, plan: Mapping[str, TensorSpec]) -> None:
+        weight_map = {name: location.file.name for name, location in self._locations.items()}
+        index = {"metadata": {"total_size": total_bytes(plan)}, "weight_map": weight_map}
+        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+        (self.directory / INDEX_NAME).write_text(text, encoding="utf-8")
+
+
+def total_bytes(plan: Mapping[str, TensorSpec]) -> int:
+    """Bytes of data of all tensors of a plan, headers aside."""
+    return sum(spec.nbytes for spec in plan.values())
+
+
+def copy_side_files(source: Path, destination: Path, *, drop_quantization_config: bool = False) -> None:
+    """Copy what a checkpoint needs beside its weights: configuration, tokenizer, chat templates, custom code, licence.
+
+    Files of the same name are replaced. `drop_quantization_config` removes that key from config.json, for weights that
+    are no longer quantized. Weights, indexes, the model card and subfolders other than chat templates stay behind.
+    """
+    for path in sorted(source.iterdir()):
+        if path.is_file() and _is_side_file(path):
+            shutil.copyfile(path, destination / path.name)
+    if (source / TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(source / TEMPLATE_FOLDER, destination / TEMPLATE_FOLDER, dirs_exist_ok=True)
+    if drop_quantization_config:
+        edit_config(destination, {"quantization_config": None})
+
+
+def edit_config(directory: Path, changes: Mapping[str, object]) -> None:
+    """Set keys of config.json in place (None removes the key); every other key keeps its spelling and its order."""
+    path = directory / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in changes.items():
+        if value is None:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _is_side_file(path: Path) -> bool:
+    if path.name.startswith(".") or path.name == "README.md":
+        return False
+    return path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json")
+
+
+def _split_into_shards(plan: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[dict[str, TensorSpec]]:
+    """Consecutive tensors of the plan, as many per shard as fit; a tensor larger than a shard has one of its own."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name, spec in plan.items():
+        if shards[-1] and filled + spec.nbytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = spec
+        filled += spec.nbytes
+    return shards
+
+
+def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        # One call writes at most 2 GiB on Linux.
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def _locate_tensors(directory: Path) -> dict[str, _Location]:
+    if not directory.is_dir():
+        raise UserError("no such directory", where=str(directory), fix="check the path")
+    if (directory / WEIGHTS_NAME).is_file():
+        return _read_header(directory / WEIGHTS_NAME)
+    if (directory / INDEX_NAME).is_file():
+        return _locate_sharded(directory)
+    files = sorted(directory.glob("*.safetensors"))
+    if len(files) == 1:
+        return _read_header(files[0])
+    what = f"{len(files)} safetensors files and no {INDEX_NAME}" if files else "no safetensors weights"
+    raise UserError(
+        what, where=str(directory), fix="name a directory that model.save_pretrained wrote, or download it again"
+    )
+
+
+def _locate_sharded(directory: Path) -> dict[str, _Location]:
+    index_file = directory / INDEX_NAME
+    try:
+        weight_map: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError("not a safetensors index", where=str(index_file), fix="download it again") from error
+    locations: dict[str, _Location] = {}
+    for shard in sorted(set(weight_map.values())):
+        if not (directory / shard).is_file():
+            raise UserError(f"the shard {shard} is missing", where=str(directory), fix="download it again")
+        header = _read_header(directory / shard)
+        locations |= {name: location for name, location in header.items() if weight_map.get(name) == shard}
+    absent = sorted(set(weight_map) - set(locations))
+    if absent:
+        raise UserError(
+            f"{len(absent)} tensors of the index are not in their shards, the first is {absent[0]}",
+            where=str(index_file),
+            fix="download it again",
+        )
+    return locations
+
+
+def _read_header(path: Path) -> dict[str, _Location]:
+    """The tensors of one file, in the order of their bytes. Raises UserError if the file is damaged or truncated."""
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(file.read(length))
+        header.pop("__metadata__", None)
+        entries = sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        locations = {name: _parse_entry(path, 8 + length, entry) for name, entry in entries}
+        expected = max((location.offset + location.spec.nbytes for location in locations.values()), default=8 + length)
+        if expected > size:
+            raise ValueError(f"{size} bytes where the header promises {expected}: a download was cut short")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"not a complete safetensors file ({error})", where=str(path), fix="download or write it again"
+        ) from error
+    return locations
+
+
+def _parse_entry(path: Path, data_start: int, entry: dict) -> _Location:
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"a tensor of type {entry['dtype']}, which is not supported")
+    spec = TensorSpec(DTYPES[entry["dtype"]], tuple(entry["shape"]))
+    start, end = entry["data_offsets"]
+    if end - start != spec.nbytes:
+        raise ValueError(f"{end - start} bytes for {spec}")
+    return _Location(path, data_start + start, spec)

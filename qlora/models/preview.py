@@ -1,0 +1,86 @@
+"""A base model without its weights: config and tokenizer, from a hub id, a directory or a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora.errors import UserError, missing_extra
+
+# Config, tokenizer and model code of a hub repository, in kilobytes to a few megabytes.
+SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A base model that was found. `weight_bytes` is None where only the hub has the weights."""
+
+    id: str
+    revision: str | None
+    directory: Path
+    gguf_file: str | None = None
+    weight_bytes: int | None = None
+
+
+def preview_base(name: str, revision: str | None = None) -> Preview:
+    """Find the base; of a hub id, fetch the small files only.
+
+    Raises `UserError` when it does not exist, has no safetensors, or is quantized already, and when a .gguf base needs
+    the extra `gguf`.
+    """
+    path = Path(name)
+    if path.suffix == ".gguf":
+        return _gguf(path)
+    if path.is_dir():
+        return _directory(path)
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        raise UserError("this base model does not exist", name, "give a hub id, a directory or a .gguf file")
+    return _hub(name, revision)
+
+
+def _gguf(path: Path) -> Preview:
+    if not path.is_file():
+        raise UserError("this GGUF file does not exist", str(path), "check model.base")
+    if importlib.util.find_spec("gguf") is None:
+        raise missing_extra("gguf", "gguf", "reading a .gguf base")
+    return Preview(path.name, None, path.parent, gguf_file=path.name, weight_bytes=path.stat().st_size)
+
+
+def _directory(path: Path) -> Preview:
+    weights = list(path.glob("*.safetensors"))
+    if not weights:
+        raise UserError("no *.safetensors in this directory", str(path), "convert the checkpoint, or name a .gguf file")
+    _refuse_quantized(path)
+    return Preview(path.name, None, path, weight_bytes=sum(file.stat().st_size for file in weights))
+
+
+def _hub(name: str, revision: str | None) -> Preview:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        directory = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES))
+    # A hub that cannot be reached ends in LocalEntryNotFoundError, which is an OSError.
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"{name} cannot be read from the hub: {str(error).splitlines()[0]}",
+            "model.base",
+            "check the id, the network, and for gated models that you accepted the licence and ran `hf auth login`",
+        ) from None
+    _refuse_quantized(directory)
+    return Preview(name, directory.name, directory)
+
+
+def _refuse_quantized(directory: Path) -> None:
+    config = directory / "config.json"
+    if not config.is_file():
+        raise UserError("there is no config.json", str(directory), "check model.base")
+    quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
+    if quantization is not None:
+        raise UserError(
+            f"this base is quantized already ({quantization.get('quant_method', 'unknown method')})",
+            str(config),
+            "name the 16-bit model it was made from: training quantizes it by itself",
+        )

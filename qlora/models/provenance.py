@@ -1,0 +1,224 @@
+"""base.json: what an adapter was trained on, precisely enough to rebuild it or to refuse a base that differs.
+
+Training writes it beside the adapter; the merge quantizes the base again and compares. The 4-bit codes of the same
+16-bit weights are equal on CPU and GPU, so they are compared by digest. Block scales (absmax) that were quantized to
+8 bits a second time differ between the two in about one of a thousand by one step, so of them only statistics are
+compared, within ABSMAX_TOLERANCE. The codes do not change when all weights are scaled by a factor; the absmax does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from qlora.errors import UserError
+
+if TYPE_CHECKING:
+    from bitsandbytes.functional import QuantState
+    from bitsandbytes.nn import Linear4bit
+
+FILE_NAME = "base.json"
+ABSMAX_TOLERANCE = 1e-3
+"""Largest relative difference of a module's absmax mean and rms that still counts as the same weights."""
+
+
+@dataclass(frozen=True)
+class QuantizationSettings:
+    """How bitsandbytes holds the frozen base during training."""
+
+    quant_type: Literal["nf4", "fp4", "none"]
+    double_quant: bool
+    compute_dtype: torch.dtype
+    blocksize: int = 64
+    quant_storage: torch.dtype = torch.uint8
+
+
+@dataclass(frozen=True)
+class ModuleCodes:
+    """Fingerprint of one quantized linear layer: its shape [out, in], the sha256 of its 4-bit codes as they lie in
+    memory (two per byte), and mean and root mean square of its block scales."""
+
+    shape: tuple[int, ...]
+    sha256: str
+    absmax_mean: float
+    absmax_rms: float
+
+    def absmax_deviation(self, other: ModuleCodes) -> float:
+        """Largest relative difference of the two absmax statistics."""
+        pairs = ((self.absmax_mean, other.absmax_mean), (self.absmax_rms, other.absmax_rms))
+        return max(abs(mine - theirs) / max(abs(theirs), torch.finfo(torch.float32).tiny) for mine, theirs in pairs)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """The contents of base.json."""
+
+    base_id: str
+    revision: str | None
+    settings: QuantizationSettings
+    load_dtype: torch.dtype
+    """Dtype the base was loaded in, and quantized from."""
+    device: str
+    """Kind of device that quantized: cpu or cuda."""
+    bitsandbytes: str
+    """Version of bitsandbytes that quantized."""
+    quantized: dict[str, ModuleCodes]
+    """Quantized linear layers by module name."""
+    unquantized: list[str]
+    """Names of linear layers that were left alone, sorted."""
+    tied: list[list[str]]
+    """Groups of parameter names that share one tensor."""
+
+    @property
+    def digest(self) -> str:
+        """sha256 over names and digests of all quantized layers."""
+        lines = "\n".join(f"{name} {codes.sha256}" for name, codes in sorted(self.quantized.items()))
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def write_provenance(
+    model: nn.Module, path: Path, *, base_id: str, revision: str | None, settings: QuantizationSettings
+) -> Provenance:
+    """Describe the base inside a model that is loaded for training, with or without a PEFT adapter on it, as base.json.
+
+    Raises UserError for 8-bit layers and for GPT-2's Conv1D, which the merge does not know; ValueError when the weights
+    disagree with the settings, or lie in bitsandbytes' repacked layout for CPU inference, which has other bytes.
+    """
+    import bitsandbytes
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from peft import PeftModel
+
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    quantized: dict[str, ModuleCodes] = {}
+    unquantized: list[str] = []
+    load_dtypes: set[torch.dtype] = set()
+    for name, module in _base_items(base.named_modules()):
+        if isinstance(module, Linear8bitLt):
+            raise UserError("8-bit layers cannot be merged", where=name, fix="use model.quantization nf4, fp4 or none")
+        if isinstance(module, Linear4bit):
+            quantized[name] = _module_codes(name, module, settings)
+            weight: Any = module.weight
+            load_dtypes.add(weight.quant_state.dtype)
+        elif isinstance(module, nn.Linear):
+            unquantized.append(name)
+    if bool(quantized) != (settings.quant_type != "none"):
+        raise ValueError(f"{len(quantized)} quantized layers in a model with quant_type {settings.quant_type}")
+    if len(load_dtypes) > 1:
+        raise ValueError(f"layers were quantized from different dtypes: {load_dtypes}")
+    first = next(base.parameters())
+    provenance = Provenance(
+        base_id=base_id,
+        revision=revision,
+        settings=settings,
+        load_dtype=load_dtypes.pop() if load_dtypes else first.dtype,
+        device=first.device.type,
+        bitsandbytes=bitsandbytes.__version__,
+        quantized=dict(sorted(quantized.items())),
+        unquantized=sorted(unquantized),
+        tied=_tied_parameters(base),
+    )
+    path.write_text(json.dumps(_to_json(provenance), indent=1) + "\n", encoding="utf-8")
+    return provenance
+
+
+def read_provenance(path: Path) -> Provenance:
+    """Read base.json. Raises UserError if it is missing or is not one of ours."""
+    if not path.is_file():
+        raise UserError(
+            "missing: without it nobody knows which base the adapter was trained on",
+            where=str(path),
+            fix="use an adapter that `qlora train` wrote, or train it again",
+        )
+    try:
+        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"not a provenance file ({error!r})", where=str(path), fix="run `qlora train` again to write it"
+        ) from error
+
+
+def codes_fingerprint(shape: tuple[int, ...], sha256: str, absmax: torch.Tensor) -> ModuleCodes:
+    """Fingerprint from the digest of the codes and the decompressed block scales (fp32, any shape)."""
+    scales = absmax.double()
+    return ModuleCodes(tuple(shape), sha256, scales.mean().item(), scales.square().mean().sqrt().item())
+
+
+def decompressed_absmax(state: QuantState) -> torch.Tensor:
+    """Block scales of a bitsandbytes quantization state in fp32, double quantization undone, one per block."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    if not state.nested:
+        return state.absmax.float()
+    return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+
+
+def _module_codes(name: str, module: Linear4bit, settings: QuantizationSettings) -> ModuleCodes:
+    from transformers.pytorch_utils import Conv1D
+
+    if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
+        raise UserError("a Conv1D layer cannot be merged: its weight is stored transposed", where=name)
+    weight: Any = module.weight
+    state = weight.quant_state
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError(
+            f"{name} was repacked for CPU inference by a forward in eval mode: write the provenance before, "
+            "or set support_avx512bf16_for_cpu = False on every Linear4bit"
+        )
+    found = (state.quant_type, state.nested, state.blocksize, weight.quant_storage)
+    expected = (settings.quant_type, settings.double_quant, settings.blocksize, settings.quant_storage)
+    if found != expected:
+        raise ValueError(f"{name} is quantized as {found}, the settings say {expected}")
+    codes = weight.data.detach().cpu().contiguous().view(torch.uint8)
+    return codes_fingerprint(state.shape, hashlib.sha256(codes.numpy().data).hexdigest(), decompressed_absmax(state))
+
+
+def _base_items(items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Modules or parameters of the base under the names they had before PEFT wrapped them, without those PEFT added.
+
+    PEFT holds the original of an adapted layer as `base_layer`, that of a fully trained one as `original_module`.
+    """
+    for name, item in items:
+        parts = name.split(".")
+        if not any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
+            yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), item
+
+
+def _tied_parameters(base: nn.Module) -> list[list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in _base_items(base.named_parameters(remove_duplicate=False)):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _to_json(provenance: Provenance) -> dict[str, Any]:
+    settings = asdict(provenance.settings)
+    for key in ("compute_dtype", "quant_storage"):
+        settings[key] = _dtype_name(settings[key])
+    return asdict(provenance) | {
+        "settings": settings,
+        "load_dtype": _dtype_name(provenance.load_dtype),
+        "digest": provenance.digest,
+    }
+
+
+def _from_json(data: dict[str, Any]) -> Provenance:
+    settings = dict(data.pop("settings"))
+    for key in ("compute_dtype", "quant_storage"):
+        settings[key] = getattr(torch, settings[key])
+    quantized = {
+        name: ModuleCodes(**codes | {"shape": tuple(codes["shape"])}) for name, codes in data.pop("quantized").items()
+    }
+    load_dtype = getattr(torch, data.pop("load_dtype"))
+    data.pop("digest")
+    return Provenance(**data, settings=QuantizationSettings(**settings), load_dtype=load_dtype, quantized=quantized)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,163 @@
+"""What a model is made of, from its config alone: parameters, linear layers, adapter, floating-point work per token.
+
+The model is built on torch's meta device, so no weight is read or allocated and any architecture that transformers
+knows works. Work per token follows from the parameters that take part in a matrix product (2 FLOPs each) and from
+causal attention, with s the sequence length:
+
+    forward              2N + 2H + A            A = 4 · layers · heads · head_dim · s/2
+    training             4N + 4H + 6P + 3.5A    (dX only for frozen weights; flash attention's backward costs 2.5 A)
+    … with checkpointing 6N + 4H + 8P + 4.5A    (the layers run forward twice, the head once)
+
+N: parameters of the linears in the layers, H: of the output head, P: of the adapter. Source: the accounting of PaLM's
+appendix B (arXiv:2204.02311), with dW only where a weight is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from qlora.errors import UserError
+from qlora.models.loading import attach_adapter
+from qlora.quantization.modules import decoder_layers, quantizable_modules
+from qlora.recipe import Lora
+
+
+@dataclass(frozen=True)
+class LinearShape:
+    """A linear layer inside a decoder layer, by its full module name."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+    @property
+    def parameters(self) -> int:
+        return self.in_features * self.out_features
+
+
+@dataclass(frozen=True)
+class ModelShapes:
+    """Dimensions and parameter counts of a causal language model. Tied parameters count once."""
+
+    hidden_size: int
+    layers: int
+    attention_heads: int
+    key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    total: int
+    """All parameters."""
+    quantized: int
+    """Parameters of the linears that bitsandbytes holds in 4 bits: all but the output head."""
+    head: int
+    """Parameters of the output head's matrix product, tied to the embeddings or not."""
+    largest_tensor: int
+    """Parameters of the largest single tensor."""
+    largest_layer: int
+    """Parameters of the largest decoder layer."""
+    linears: tuple[LinearShape, ...]
+    """The linears that GPTQ quantizes."""
+
+    @property
+    def unquantized(self) -> int:
+        """Embeddings, output head, norms, biases."""
+        return self.total - self.quantized
+
+    @property
+    def feed_forward_size(self) -> int:
+        """Width of the widest linear in a decoder layer."""
+        return max(max(linear.in_features, linear.out_features) for linear in self.linears)
+
+    @property
+    def attention_flops(self) -> float:
+        """Forward FLOPs of causal attention per token and per token of sequence length."""
+        return 2.0 * self.layers * self.attention_heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class AdapterShapes:
+    """Parameters that training changes: LoRA factors, and biases or whole modules where the recipe says so."""
+
+    trainable: int
+
+
+def read_config(directory: Path, *, trust_remote_code: bool = False, gguf_file: str | None = None) -> Any:
+    """The model's configuration, from a directory's config.json or from the metadata of a GGUF file in it.
+
+    Raises `UserError` when there is none that transformers understands.
+    """
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the model's configuration cannot be read: {str(error).splitlines()[0]}",
+            str(directory / (gguf_file or "config.json")),
+            "check model.base; a newer architecture may need a newer transformers",
+        ) from None
+
+
+def skeleton(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """The model without storage: every parameter on the meta device. Raises `UserError` if it is no language model."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except ValueError as error:
+        raise UserError(
+            f"{config.model_type} is not a causal language model: {str(error).splitlines()[0]}", "model.base"
+        ) from None
+
+
+def model_shapes(model: PreTrainedModel) -> ModelShapes:
+    """Dimensions and counts of a model (a `skeleton` will do, before an adapter is attached).
+
+    Raises `UserError` when its layers hold nothing that GPTQ can quantize.
+    """
+    text = model.config.get_text_config()
+    head = model.get_output_embeddings()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    layers = decoder_layers(model)[1]
+    return ModelShapes(
+        hidden_size=text.hidden_size,
+        layers=len(layers),
+        attention_heads=text.num_attention_heads,
+        key_value_heads=getattr(text, "num_key_value_heads", None) or text.num_attention_heads,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        vocab_size=text.vocab_size,
+        total=model.num_parameters(),
+        quantized=sum(module.weight.numel() for module in linears.values() if module is not head),
+        head=head.weight.numel(),
+        largest_tensor=max(parameter.numel() for parameter in model.parameters()),
+        largest_layer=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
+        linears=tuple(
+            LinearShape(name, module.in_features, module.out_features)
+            for name, module in quantizable_modules(model).items()
+        ),
+    )
+
+
+def adapter_shapes(model: PreTrainedModel, lora: Lora) -> AdapterShapes:
+    """What the recipe's adapter trains. PEFT attaches it to `model` (a `skeleton`), so its own matching rules count.
+
+    Raises `UserError` when `lora.target_modules` matches nothing.
+    """
+    adapted = attach_adapter(model, lora)
+    return AdapterShapes(sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad))
+
+
+def forward_flops(shapes: ModelShapes, sequence: float) -> float:
+    """FLOPs per token of one forward pass over rows of `sequence` tokens, output head included."""
+    return 2.0 * (shapes.quantized + shapes.head) + shapes.attention_flops * sequence
+
+
+def training_flops(shapes: ModelShapes, adapter: AdapterShapes, sequence: float, *, checkpointing: bool) -> float:
+    """FLOPs per token of a training step over rows of `sequence` tokens, as the hardware executes them."""
+    attention = shapes.attention_flops * sequence
+    linears, trained, attended = (6, 8, 4.5) if checkpointing else (4, 6, 3.5)
+    return linears * shapes.quantized + 4.0 * shapes.head + trained * adapter.trainable + attended * attention

@@ -1,0 +1,1 @@
+"""What a run shows: progress in the terminal, tables, and experiment trackers."""

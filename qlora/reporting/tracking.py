@@ -1,0 +1,82 @@
+"""Experiment trackers: one run across all stages, in Weights & Biases, TensorBoard, or nowhere.
+
+Without an API key wandb writes an offline run in silence; `wandb sync` uploads it later. There is no telemetry.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qlora.artifacts import read_json, write_json
+from qlora.errors import UserError
+from qlora.recipe import Recipe
+
+
+class Tracker:
+    """Sends metrics of every stage to the trackers of the recipe. Without any it does nothing."""
+
+    def __init__(self, recipe: Recipe, directory: Path) -> None:
+        self._recipe, self._directory = recipe, directory
+        self._wandb: Any = None
+        self._writer: Any = None
+
+    def _start(self) -> None:
+        """Open the trackers with the first metric, so that a run that fails before has none."""
+        if "wandb" in self._recipe.track.to and self._wandb is None:
+            self._wandb = _start_wandb(self._recipe, self._directory)
+        if "tensorboard" in self._recipe.track.to and self._writer is None:
+            self._writer = _start_tensorboard(self._directory)
+
+    def log(self, stage: str, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Numbers of one stage, as `<stage>/<name>`; `step` is the optimizer step during training."""
+        self._start()
+        numbers = {f"{stage}/{key}": value for key, value in metrics.items() if isinstance(value, (int, float))}
+        if self._wandb is not None:
+            self._wandb.log(numbers | ({f"{stage}/step": step} if step is not None else {}))
+        if self._writer is not None:
+            for key, value in numbers.items():
+                self._writer.add_scalar(key, value, step or 0)
+
+    def close(self, exit_code: int = 0) -> None:
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code)
+            self._wandb = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+def _start_wandb(recipe: Recipe, directory: Path) -> Any:
+    import wandb
+
+    directory.mkdir(parents=True, exist_ok=True)
+    id_file = directory / "wandb.json"
+    run_id = read_json(id_file)["id"] if id_file.is_file() else wandb.util.generate_id()
+    write_json(id_file, {"id": run_id, "project": recipe.track.project})
+    logged_in = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
+    run = wandb.init(
+        project=recipe.track.project,
+        name=recipe.name,
+        id=run_id,
+        dir=str(directory),
+        config=recipe.model_dump(mode="json"),
+        resume="allow" if logged_in else None,
+        mode=os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline"),
+        settings=wandb.Settings(silent=True, console="off"),
+    )
+    run.define_metric("train/step")
+    run.define_metric("train/*", step_metric="train/step")
+    return run
+
+
+def _start_tensorboard(directory: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError(
+            "track.to lists tensorboard, which is not installed", "track.to", "pip install tensorboard"
+        ) from None
+    return SummaryWriter(log_dir=str(directory / "tensorboard"))

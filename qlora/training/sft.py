@@ -1,0 +1,212 @@
+"""Supervised fine-tuning: the 4-bit base with a LoRA adapter through TRL's SFTTrainer.
+
+Rows arrive as tokens and labels (qlora.data.rendering), so TRL neither templates nor masks. Training resumes from the
+last complete checkpoint with the same data order, and writes the adapter with `base.json`: what it was trained on.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import PrinterCallback, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from qlora.artifacts import read_json, write_json
+from qlora.data.rendering import RenderedRow
+from qlora.errors import UserError
+from qlora.models.base import Base
+from qlora.models.loading import DTYPES, attach_adapter, load_base
+from qlora.models.provenance import QuantizationSettings, write_provenance
+from qlora.recipe import Recipe
+from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How rows are divided into optimizer steps."""
+
+    rows: int
+    micro_batch_size: int
+    accumulation: int
+    processes: int
+
+    @property
+    def batch_size(self) -> int:
+        return self.micro_batch_size * self.accumulation * self.processes
+
+
+def plan_steps(recipe: Recipe, row_tokens: Sequence[int], processes: int) -> Steps:
+    """Rows per forward and forwards per optimizer step, from batch_size or tokens_per_step.
+
+    Raises `UserError` if batch_size is not a multiple of micro_batch_size × processes.
+    """
+    train = recipe.train
+    per_forward = train.micro_batch_size * processes
+    if train.tokens_per_step is not None:
+        mean = sum(row_tokens) / len(row_tokens)
+        return Steps(
+            len(row_tokens),
+            train.micro_batch_size,
+            max(1, round(train.tokens_per_step / mean / per_forward)),
+            processes,
+        )
+    batch_size = train.batch_size or 16
+    if batch_size % per_forward:
+        raise UserError(
+            f"batch_size {batch_size} is not a multiple of micro_batch_size × processes = {per_forward}",
+            "train.batch_size",
+            f"make it a multiple of {per_forward}",
+        )
+    return Steps(len(row_tokens), train.micro_batch_size, batch_size // per_forward, processes)
+
+
+def train_adapter(
+    recipe: Recipe,
+    base: Base,
+    tokenizer: Any,
+    rows: Sequence[RenderedRow],
+    eval_rows: Sequence[RenderedRow],
+    *,
+    device: str,
+    checkpoints: Path,
+    fingerprint: str,
+    output: Path | None,
+    reporter: Reporter,
+) -> dict[str, Any]:
+    """Train; the process that has `output` writes adapter, tokenizer and base.json there. Returns metrics."""
+    set_seed(recipe.seed)
+    last = _checkpoint_to_resume(checkpoints, fingerprint, keep=output is not None)
+    trainer = build_trainer(recipe, base, tokenizer, rows, eval_rows, device=device, checkpoints=checkpoints)
+    report = Report(reporter, device, resumed_from=last.name if last else None)
+    trainer.add_callback(report)
+    trainer.add_callback(MarkComplete())
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    if not all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad):
+        raise UserError(
+            "training diverged: the adapter holds NaN or infinite numbers", "train.learning_rate", "lower it"
+        )
+    if output is not None:
+        _write_adapter(trainer, tokenizer, recipe, base, output)
+    trainer.accelerator.wait_for_everyone()
+    return report.metrics()
+
+
+def build_trainer(
+    recipe: Recipe,
+    base: Base,
+    tokenizer: Any,
+    rows: Sequence[RenderedRow],
+    eval_rows: Sequence[RenderedRow],
+    *,
+    device: str,
+    checkpoints: Path,
+) -> SFTTrainer:
+    """TRL's trainer over the 4-bit base with a fresh adapter and tokenised rows."""
+    model = attach_adapter(load_base(base.directory, recipe.model, device, quantized=True), recipe.lora)
+    train_set = _dataset(rows)
+    config = sft_config(recipe, [len(row.input_ids) for row in rows], device, checkpoints, has_eval=bool(eval_rows))
+    trainer = SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=train_set,
+        eval_dataset=_dataset(eval_rows) if eval_rows and recipe.train.evaluate_every else None,
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
+    return trainer
+
+
+def sft_config(recipe: Recipe, row_tokens: Sequence[int], device: str, checkpoints: Path, has_eval: bool) -> SFTConfig:
+    """The recipe's train section as TRL's SFTConfig."""
+    import os
+
+    train = recipe.train
+    steps = plan_steps(recipe, row_tokens, int(os.environ.get("WORLD_SIZE", "1")))
+    options: dict[str, Any] = {
+        "output_dir": str(checkpoints),
+        "num_train_epochs": train.epochs,
+        "max_steps": train.max_steps or -1,
+        "per_device_train_batch_size": steps.micro_batch_size,
+        "per_device_eval_batch_size": recipe.evaluate.batch_size,
+        "gradient_accumulation_steps": steps.accumulation,
+        "learning_rate": train.learning_rate,
+        "lr_scheduler_type": train.scheduler,
+        "warmup_steps": train.warmup_steps,
+        "weight_decay": train.weight_decay,
+        "max_grad_norm": train.max_grad_norm,
+        "optim": "adamw_torch_fused" if device.startswith("cuda") else "adamw_torch",
+        "gradient_checkpointing": train.gradient_checkpointing,
+        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "bf16": recipe.model.compute_dtype == "bfloat16",
+        "use_cpu": device == "cpu",
+        "max_length": None if not recipe.data.packing else recipe.data.max_length,
+        "packing": recipe.data.packing,
+        "eval_packing": False,
+        "save_strategy": "steps",
+        "save_steps": train.checkpoint_every,
+        "save_total_limit": 2,
+        "eval_strategy": "steps" if train.evaluate_every and has_eval else "no",
+        "eval_steps": train.evaluate_every,
+        "logging_steps": train.log_every,
+        "include_num_input_tokens_seen": "no",
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": device.startswith("cuda"),
+        "seed": recipe.seed,
+        "report_to": [],
+        "disable_tqdm": True,
+        "log_level": "error",
+    }
+    unknown = sorted(set(train.args) - set(SFTConfig.__dataclass_fields__))
+    if unknown:
+        raise UserError(
+            f"TRL's SFTConfig has no field {', '.join(unknown)}", "train.args", "see TRL's documentation of SFTConfig"
+        )
+    return SFTConfig(**options | train.args)
+
+
+def _dataset(rows: Sequence[RenderedRow]) -> Dataset:
+    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
+
+
+def _write_adapter(trainer: SFTTrainer, tokenizer: Any, recipe: Recipe, base: Base, output: Path) -> None:
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.peft_config["default"].base_model_name_or_path = base.id
+    model.save_pretrained(output, save_embedding_layers=False)
+    (output / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
+    tokenizer.save_pretrained(output)
+    write_provenance(
+        model,
+        output / "base.json",
+        base_id=base.id,
+        revision=base.revision,
+        settings=QuantizationSettings(
+            quant_type=recipe.model.quantization,
+            double_quant=recipe.model.double_quant,
+            compute_dtype=DTYPES[recipe.model.compute_dtype],
+        ),
+    )
+
+
+def _checkpoint_to_resume(checkpoints: Path, fingerprint: str, keep: bool) -> Path | None:
+    """The last complete checkpoint of this very training run; those of another recipe are removed."""
+    owner = checkpoints / "fingerprint.json"
+    if owner.is_file() and read_json(owner)["fingerprint"] != fingerprint and keep:
+        log.info("checkpoints of another recipe removed: %s", checkpoints)
+        shutil.rmtree(checkpoints)
+    if keep:
+        write_json(owner, {"fingerprint": fingerprint})
+    complete = [path for path in checkpoints.glob("checkpoint-*") if (path / COMPLETE).is_file()]
+    return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
