@@ -1,0 +1,193 @@
+"""The commands. Parsing and exit codes only: what they do lives in the modules they import when called."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+OVERRIDES = click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
+RECIPE = click.argument("recipe", metavar="RECIPE")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="qlora")
+def qlora() -> None:
+    """Fine-tune on 4 bits, ship 4 bits, and know what you shipped.
+
+    A recipe is a YAML file, or the name of one that ships with qlora. Any key can be set on the command line:
+    qlora run quickstart train.epochs=2 lora.r=32
+    """
+
+
+@qlora.command()
+@RECIPE
+@OVERRIDES
+def run(recipe: str, overrides: tuple[str, ...]) -> None:
+    """Every stage in order; finished ones are skipped. Safe to interrupt and run again."""
+    from qlora.pipeline import Pipeline
+    from qlora.recipe_file import load_recipe
+
+    Pipeline(load_recipe(recipe, overrides)).run()
+
+
+def _stage(name: str, text: str) -> None:
+    @qlora.command(name=name, help=text)
+    @RECIPE
+    @OVERRIDES
+    def command(recipe: str, overrides: tuple[str, ...]) -> None:
+        from qlora.pipeline import Pipeline
+        from qlora.recipe_file import load_recipe
+
+        Pipeline(load_recipe(recipe, overrides)).run_stage(name)
+
+
+_stage("train", "Train the LoRA adapter on the 4-bit base. Also under `accelerate launch -m qlora train`.")
+_stage("merge", "Merge the adapter into the dequantized base, exactly.")
+_stage("quantize", "Quantize the merged model to a GPTQ checkpoint.")
+_stage("evaluate", "Measure every stage on the held-out rows: the ladder, and its gates.")
+
+
+@qlora.command()
+@RECIPE
+@OVERRIDES
+def check(recipe: str, overrides: tuple[str, ...]) -> None:
+    """What can be known before any GPU time: recipe, data and labels, memory, disk, serving engines."""
+    from qlora.check import check as run_check
+    from qlora.check import print_check
+    from qlora.recipe_file import load_recipe
+    from qlora.reporting.console import console
+
+    print_check(run_check(load_recipe(recipe, overrides)), console())
+
+
+@qlora.group()
+def recipes() -> None:
+    """The recipes that ship with qlora."""
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """Names and purposes."""
+    from qlora.paths import packaged_recipes
+
+    for path in sorted(packaged_recipes().glob("*.yaml")):
+        click.echo(f"{path.stem:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+
+
+@recipes.command("show")
+@click.argument("name")
+def show_recipe(name: str) -> None:
+    """Print one."""
+    from qlora.recipe_file import find_recipe
+
+    click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command("copy")
+@click.argument("name")
+@click.argument("target", type=click.Path(path_type=Path), required=False)
+def copy_recipe(name: str, target: Path | None) -> None:
+    """Copy one, with the data beside it, to edit: TARGET is a file (default: NAME.yaml here)."""
+    import shutil
+
+    from qlora.errors import UserError
+    from qlora.recipe_file import find_recipe
+
+    source = find_recipe(name)
+    target = target or Path(f"{source.stem}.yaml")
+    folder = source.with_suffix("")
+    for destination in (target, *([target.parent / folder.name] if folder.is_dir() else [])):
+        if destination.exists():
+            raise UserError("this exists already", str(destination), "name another target")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(source, target)
+    if folder.is_dir():
+        shutil.copytree(folder, target.parent / folder.name)
+    click.echo(f"{target}: edit it, then `qlora check {target}` and `qlora run {target}`")
+
+
+@recipes.command("schema")
+def show_schema() -> None:
+    """The JSON schema of a recipe, for editors."""
+    import json
+
+    from qlora.recipe import Recipe
+
+    click.echo(json.dumps(Recipe.model_json_schema(), indent=2))
+
+
+@qlora.command()
+def doctor() -> None:
+    """Versions, GPU and kernels found, and pairs of versions known to break."""
+    from qlora.doctor import diagnose, print_diagnosis
+    from qlora.reporting.console import console
+
+    print_diagnosis(diagnose(), console())
+
+
+def main() -> None:
+    """Run a command and end with its exit code (see qlora.errors)."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    sys.exit(_exit_code(lambda: qlora.main(standalone_mode=False)))
+
+
+def _as_interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _exit_code(command: Callable[[], Any]) -> int:
+    from qlora.errors import QloraError
+
+    try:
+        command()
+        return 0
+    except click.exceptions.Exit as exit_request:
+        return exit_request.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except QloraError as error:
+        _say(f"{error.title}:\n" + "\n".join(f"  {problem}" for problem in error.problems))
+        return error.exit_code
+    except (KeyboardInterrupt, click.exceptions.Abort):
+        _say("interrupted; finished stages are kept: the same command continues")
+        return 130
+    except OSError as error:
+        return _os_error(error)
+    except Exception:
+        return _unexpected()
+
+
+def _unexpected() -> int:
+    import traceback
+
+    from qlora.reporting import console
+
+    traceback.print_exc()
+    if console.last_log is not None:
+        _say(f"unexpected failure; the log is {console.last_log}")
+    return 1
+
+
+def _os_error(error: OSError) -> int:
+    import errno
+
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return _unexpected()
+    _say(
+        f"no space left on the disk: {error.filename or error}\n"
+        "    → free some space, or set output_dir to a larger disk; finished stages are kept and will be skipped"
+    )
+    return 4
+
+
+def _say(text: str) -> None:
+    from qlora.reporting.console import is_main_process
+
+    if is_main_process():
+        click.echo(text, err=True)

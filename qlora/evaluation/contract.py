@@ -1,0 +1,149 @@
+"""The serving contract: which inference engines will load a GPTQ checkpoint, on how many GPUs, and why not.
+
+Known before anything is quantized: it follows from the settings and the shapes of the linear layers. The rules were
+read in the engines' sources at the versions named.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from qlora.models.shapes import LinearShape
+
+TENSOR_PARALLEL = (1, 2, 4, 8)
+GROUP_SIZES = (32, 64, 128)
+# Linears that tensor parallelism splits along their inputs; all others are split along their outputs.
+ROW_PARALLEL = {"o_proj", "down_proj", "out_proj", "dense", "c_proj", "fc2", "w2", "dense_4h_to_h", "wo"}
+
+
+class Settings(Protocol):
+    """What an engine reads of a checkpoint's settings (`qlora.models.gptq_format.GPTQFormat` is one)."""
+
+    @property
+    def bits(self) -> int: ...
+    @property
+    def group_size(self) -> int: ...
+    @property
+    def sym(self) -> bool: ...
+    @property
+    def desc_act(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class EngineRule:
+    """What one engine (or one of its code paths) takes."""
+
+    engine: str
+    version: str
+    bits: tuple[int, ...]
+    group_sizes: tuple[int, ...] = (-1, *GROUP_SIZES)
+    asymmetric: bool = False
+    """Whether zero points other than the middle are read."""
+    desc_act: bool = False
+    """Whether groups may be assigned to inputs in activation order."""
+    whole_groups: bool = False
+    """Whether every rank's inputs must be a multiple of the group size."""
+    tensor_parallel: tuple[int, ...] = (1,)
+    note: str = ""
+    """What a user must know even where the checkpoint is accepted."""
+
+
+RULES = (
+    EngineRule("vLLM", "0.33", (4, 8), whole_groups=True, tensor_parallel=TENSOR_PARALLEL),
+    EngineRule("SGLang (Marlin)", "0.5.23", (4, 8), whole_groups=True, tensor_parallel=TENSOR_PARALLEL),
+    EngineRule(
+        "SGLang (legacy path)",
+        "0.5.23",
+        (2, 3, 4, 8),
+        asymmetric=True,
+        desc_act=True,
+        whole_groups=True,
+        tensor_parallel=TENSOR_PARALLEL,
+        note="fp16 only, and marked for removal",
+    ),
+    EngineRule("transformers + gptqmodel", "5 + 7.6", (2, 3, 4, 8), asymmetric=True, desc_act=True),
+    EngineRule("ExLlamaV2", "0.3.2", (4,), asymmetric=True, desc_act=True),
+    EngineRule(
+        "AutoGPTQ",
+        "0.7.1",
+        (2, 3, 4, 8),
+        asymmetric=True,
+        desc_act=True,
+        note="archived; needs transformers 4 and the config spelled its way",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class EngineVerdict:
+    """Whether an engine loads the checkpoint on this many GPUs. `reason` says why not, or what to mind."""
+
+    engine: str
+    version: str
+    tensor_parallel: int
+    accepts: bool
+    reason: str = ""
+
+
+def engine_support(
+    settings: Settings, shapes: Sequence[LinearShape], *, attention_heads: int | None = None
+) -> list[EngineVerdict]:
+    """A verdict per engine and number of GPUs that the engine can be asked for.
+
+    `attention_heads` (of the model) must be divisible by the number of GPUs; None leaves that out.
+    """
+    verdicts = []
+    for rule in RULES:
+        for ranks in rule.tensor_parallel:
+            reasons = _refusals(rule, settings, shapes, ranks, attention_heads)
+            verdicts.append(
+                EngineVerdict(rule.engine, rule.version, ranks, not reasons, "; ".join(reasons) or rule.note)
+            )
+    return verdicts
+
+
+def fitting_group_sizes(shapes: Sequence[LinearShape]) -> list[int]:
+    """Group sizes, largest first, that divide the inputs of every linear. −1 (one group per layer) always fits."""
+    inputs = {shape.in_features for shape in shapes}
+    return [size for size in sorted(GROUP_SIZES, reverse=True) if not any(count % size for count in inputs)]
+
+
+def _refusals(
+    rule: EngineRule, settings: Settings, shapes: Sequence[LinearShape], ranks: int, attention_heads: int | None
+) -> list[str]:
+    reasons = []
+    if settings.bits not in rule.bits:
+        reasons.append(f"takes {_either(rule.bits)} bits, not {settings.bits}")
+    if settings.group_size not in rule.group_sizes:
+        reasons.append(f"takes group size {_either(rule.group_sizes)}, not {settings.group_size}")
+    if not settings.sym and not rule.asymmetric:
+        reasons.append("takes symmetric codes only (sym: true)")
+    if settings.desc_act and settings.group_size != -1 and not rule.desc_act:
+        reasons.append("takes groups in the order of inputs only (desc_act: false)")
+    if attention_heads is not None and attention_heads % ranks:
+        reasons.append(f"{attention_heads} attention heads cannot be divided by {ranks}")
+    if rule.whole_groups and settings.group_size != -1:
+        reasons += _broken_groups(settings.group_size, shapes, ranks)
+    return reasons
+
+
+def _broken_groups(group_size: int, shapes: Sequence[LinearShape], ranks: int) -> list[str]:
+    """One reason per input size that does not divide, naming the kinds of linear (`o_proj`) that have it."""
+    broken: dict[int, list[str]] = {}
+    for shape in shapes:
+        kind = shape.name.rpartition(".")[2]
+        splits = ranks if kind in ROW_PARALLEL else 1
+        if shape.in_features % (splits * group_size) and kind not in broken.setdefault(shape.in_features, []):
+            broken[shape.in_features].append(kind)
+    per_rank = f" on each of {ranks} ranks" if ranks > 1 else ""
+    return [
+        f"{count} inputs ({', '.join(kinds)}) are not whole groups of {group_size}{per_rank}"
+        for count, kinds in broken.items()
+        if kinds
+    ]
+
+
+def _either(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values[:-1])) + f" or {values[-1]}" if len(values) > 1 else str(values[0])

@@ -1,0 +1,62 @@
+"""Greedy generation from the prompts of held-out rows, and exact match with their answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from qlora.data.rendering import RenderedRow
+
+
+def exact_match(
+    model: Any, rows: Sequence[RenderedRow], tokenizer: Any, batch_size: int, max_new_tokens: int
+) -> float | None:
+    """Share of rows whose generated answer equals the reference, white space at the ends aside.
+
+    None if no row has an answer (plain text rows).
+    """
+    asked = [row for row in rows if row.answer_text is not None]
+    if not asked:
+        return None
+    texts = generate(model, asked, tokenizer, batch_size, max_new_tokens)
+    return sum(text.strip() == row.answer_text.strip() for text, row in zip(texts, asked, strict=True)) / len(asked)
+
+
+@torch.inference_mode()
+def generate(
+    model: Any, rows: Sequence[RenderedRow], tokenizer: Any, batch_size: int, max_new_tokens: int
+) -> list[str]:
+    """Greedy answers, one per row, without the end-of-turn token."""
+    device = next(model.parameters()).device
+    stops = sorted(_stop_tokens(model, tokenizer) | {row.labels[-1] for row in rows if row.labels[-1] >= 0})
+    answers: list[str] = []
+    for first in range(0, len(rows), batch_size):
+        prompts = [row.input_ids[: row.prompt_length] for row in rows[first : first + batch_size]]
+        width = max(map(len, prompts))
+        ids_BT = torch.full((len(prompts), width), tokenizer.pad_token_id)
+        mask_BT = torch.zeros_like(ids_BT)
+        for index, prompt in enumerate(prompts):  # left-padded, so that every row continues at the same position
+            ids_BT[index, width - len(prompt) :] = torch.tensor(prompt)
+            mask_BT[index, width - len(prompt) :] = 1
+        out_BT = model.generate(
+            input_ids=ids_BT.to(device),
+            attention_mask=mask_BT.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            use_cache=True,
+            eos_token_id=stops,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        answers += tokenizer.batch_decode(out_BT[:, width:], skip_special_tokens=True)
+    return answers
+
+
+def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed = configured if isinstance(configured, list) else [configured]
+    return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}

@@ -1,0 +1,248 @@
+"""The stages of a run, in order: train → merge → quantize → evaluate. The only module that knows all of them.
+
+A stage is skipped when its fingerprint (its sections of the recipe, the digests of its inputs, the versions that change
+results) is the one in lineage.json and its files are whole. Otherwise it writes to `<dir>.partial` and renames.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from qlora import stages
+from qlora.artifacts import LOCK_HELD, Lineage, atomic_directory, digest, exclusive, is_intact, manifest, write_text
+from qlora.errors import GateFailed, Problem, QloraError, UserError
+from qlora.measure import Measured, measured
+from qlora.recipe import Recipe
+from qlora.recipe_file import dump_recipe
+from qlora.reporting.console import StageProgress, console, duration, is_main_process, log_to
+from qlora.reporting.tables import ladder_table
+from qlora.reporting.tracking import Tracker
+from qlora.stages import Progress, Run
+
+VERSIONED = ("qlora", "torch", "transformers", "peft", "trl", "bitsandbytes")
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: the folder it writes, the stages it needs, and the parts of the recipe that decide its result.
+
+    run: takes the run, the stage's fingerprint, the folder to write (None on processes other than the first) and a
+    progress callback; returns metrics.
+    """
+
+    name: str
+    output: str
+    needs: tuple[str, ...]
+    sections: tuple[str, ...]
+    run: Callable[[Run, str, Path | None, Progress], dict[str, Any]]
+
+
+STAGES = {
+    stage.name: stage
+    for stage in (
+        Stage("train", "adapter", (), ("model", "data.train", "lora", "train", "seed"), stages.train),
+        Stage("merge", "merged", ("train",), ("merge",), stages.merge),
+        Stage("quantize", "gptq", ("merge",), ("quantize", "data.train", "data.eval", "seed"), stages.quantize),
+        Stage("evaluate", "evaluation", ("train", "merge", "quantize"), ("evaluate", "data.eval"), stages.evaluate),
+    )
+}
+# Keys that do not change what a stage produces, so changing them does not run it again.
+NOT_IN_FINGERPRINT = {"train": {"processes", "log_every", "checkpoint_every"}, "evaluate": {"batch_size", "gates"}}
+
+
+class Pipeline:
+    """Runs stages of one recipe in its run directory."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.state = Run(recipe)
+        self.dirs = self.state.dirs
+        self.lineage = Lineage(self.dirs.lineage)
+        self.tracker = Tracker(recipe, self.dirs.tracking)
+        self.out = console()
+
+    def run(self) -> None:
+        """Every stage in order, skipping those that are up to date. Raises `GateFailed` after the last one."""
+        with self._session():
+            for stage in STAGES.values():
+                if stage.name == "evaluate" and self.recipe.data.eval is None:
+                    self.out.print("  evaluate   skipped: the recipe has no data.eval, so nothing was measured")
+                    continue
+                self._ensure(stage)
+            self._finish()
+
+    def run_stage(self, name: str) -> None:
+        """One stage. Raises `UserError` naming the command if a stage before it is missing or out of date."""
+        stage = STAGES[name]
+        with self._session():
+            missing = [need for need in stage.needs if not self._is_current(STAGES[need])]
+            if missing:
+                raise UserError(
+                    [
+                        Problem(
+                            f"{name} needs the result of {need}, which is missing or out of date"
+                            + self._what_changed(STAGES[need]),
+                            str(getattr(self.dirs, STAGES[need].output)),
+                            f"qlora {need} RECIPE, or `qlora run RECIPE` for all stages",
+                        )
+                        for need in missing
+                    ]
+                )
+            self._ensure(stage)
+            if name == "evaluate":
+                self._finish()
+
+    @contextlib.contextmanager
+    def _session(self) -> Iterator[None]:
+        """The run directory, locked against a second process; its recipe, log file and tracker."""
+        self.dirs.root.mkdir(parents=True, exist_ok=True)
+        with exclusive(self.dirs.root), log_to(self.dirs.logs):
+            if is_main_process():
+                write_text(self.dirs.recipe, dump_recipe(self.recipe))
+                self.state.log = self.tracker.log
+            self.out.print(f"[bold]{self.recipe.name}[/bold] · {self.dirs.root} · {self.state.device}")
+            exit_code = 1
+            try:
+                yield
+                exit_code = 0
+            finally:
+                self.tracker.close(exit_code)
+
+    def _ensure(self, stage: Stage) -> None:
+        """Run the stage unless it is up to date."""
+        entry = self.lineage.stages.get(stage.name, {})
+        if self._is_current(stage):
+            self.out.print(f"  {stage.name:10} up to date ({stages.summary(stage.name, entry['metrics'])})")
+            return
+        changed = self._what_changed(stage)
+        if changed:
+            self.out.print(f"  {stage.name:10} runs again{changed}")
+        processes = self.recipe.train.processes
+        if stage.name == "train" and processes > 1 and "RANK" not in os.environ:
+            self._launch_training(processes)
+            return
+        self._execute(stage)
+
+    def _execute(self, stage: Stage) -> None:
+        fingerprint = self._fingerprint(stage)
+        target: Path = getattr(self.dirs, stage.output)
+        entry: dict[str, Any] = {"fingerprint": digest(fingerprint), "status": "running", "inputs": fingerprint}
+        entry |= {"versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        with StageProgress(stage.name) as progress, measured() as cost:
+            if not is_main_process():
+                stage.run(self.state, entry["fingerprint"], None, progress.update)
+                return
+            self.lineage.record(stage.name, entry)
+            self.out.print(f"  {stage.name:10} …")
+            with atomic_directory(target) as partial:
+                metrics = stage.run(self.state, entry["fingerprint"], partial, progress.update)
+        metrics |= {"seconds": cost.seconds, "host_peak_gib": cost.host_peak_gib, "gpu_peak_gib": cost.gpu_peak_gib}
+        entry |= {"status": "complete", "seconds": cost.seconds, "metrics": metrics, "outputs": manifest(target)}
+        self.lineage.record(stage.name, entry)
+        self.tracker.log(stage.name, metrics)
+        self.out.print(f"  {stage.name:10} {_cost(cost)} · {stages.summary(stage.name, metrics)}")
+
+    def _launch_training(self, processes: int) -> None:
+        """Train in several processes, as `accelerate launch --num_processes N -m qlora train` would."""
+        on_gpu = self.state.device.startswith("cuda")
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        command += ["--main_process_port", str(_free_port())]
+        command += ["--multi_gpu"] if on_gpu else ["--cpu"]
+        command += ["-m", "qlora", "train", str(self.dirs.recipe)]
+        self.tracker.close()  # the first process of the launch continues the same run
+        threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+        code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads, LOCK_HELD: "1"}).returncode
+        self.lineage = Lineage(self.dirs.lineage)
+        if code or not self._is_current(STAGES["train"]):
+            raise QloraError(
+                f"the {processes} training processes ended with an error", str(self.dirs.logs), "see above"
+            )
+
+    def _finish(self) -> None:
+        """Show the ladder and where the checkpoint is. Raises `GateFailed` if a gate is missed."""
+        if self.recipe.data.eval is not None:
+            ladder = stages.read_ladder(self.dirs)
+            self.out.print()
+            self.out.print(ladder_table(ladder["rungs"], ladder["rows"], ladder["tokens"]))
+        self.out.print(f"\nGPTQ checkpoint: [bold]{self.dirs.gptq}[/bold]")
+        if self.recipe.data.eval is not None and (failed := stages.failed_gates(self.recipe, ladder)):
+            raise GateFailed(failed)
+
+    def _is_current(self, stage: Stage) -> bool:
+        entry = self.lineage.stages.get(stage.name, {})
+        return (
+            entry.get("status") == "complete"
+            and entry["fingerprint"] == digest(self._fingerprint(stage))
+            and is_intact(getattr(self.dirs, stage.output), entry["outputs"])
+        )
+
+    def _fingerprint(self, stage: Stage) -> dict[str, Any]:
+        """What decides the stage's result, as a flat mapping so that a change can be named."""
+        recipe = self.recipe.model_dump(mode="json")
+        result: dict[str, Any] = {}
+        for section in stage.sections:
+            if section.startswith("data."):
+                continue
+            value = recipe[section]
+            excluded = NOT_IN_FINGERPRINT.get(section, set())
+            if isinstance(value, dict):
+                result |= {f"{section}.{key}": leaf for key, leaf in value.items() if key not in excluded}
+            else:
+                result[section] = value
+        if any(section.startswith("data.") for section in stage.sections):
+            result |= {f"data.{key}": value for key, value in recipe["data"].items() if key not in {"train", "eval"}}
+            result |= {
+                f"data.{key}": value for key, value in self._data_digests.items() if f"data.{key}" in stage.sections
+            }
+        result["base"] = self.state.base.digest
+        result.pop("model.base", None)  # where it lies does not matter, what it is does
+        for need in stage.needs:
+            outputs = self.lineage.stages.get(need, {}).get("outputs", {})
+            result[f"result of {need}"] = digest({name: entry["sha256"] for name, entry in outputs.items()})
+        return result | {f"version of {name}": version for name, version in versions().items()}
+
+    @cached_property
+    def _data_digests(self) -> dict[str, Any]:
+        return self.state.data_digests()
+
+    def _what_changed(self, stage: Stage) -> str:
+        """` because lora.r, data.train changed`, or an empty string."""
+        entry = self.lineage.stages.get(stage.name, {})
+        if entry.get("status") != "complete":
+            return ""
+        old, new = entry["inputs"], self._fingerprint(stage)
+        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+        return f" because {', '.join(names)} changed" if names else " because files are missing"
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that change results."""
+    from qlora import __version__
+
+    found = {name: importlib.metadata.version(name) for name in VERSIONED if name != "qlora"}
+    return {"qlora": __version__} | found
+
+
+def _cost(cost: Measured) -> str:
+    memory = cost.gpu_peak_gib if cost.gpu_peak_gib else cost.host_peak_gib
+    return duration(cost.seconds) + (f" · {memory:.1f} GiB" if memory else "")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
