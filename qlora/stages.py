@@ -53,7 +53,7 @@ class Run:
 
     @cached_property
     def eval_rows(self) -> Any:
-        """`PreparedData` of the held-out split, cut to `evaluate.rows`; None if the recipe has none."""
+        """`PreparedData` of the held-out split; None if the recipe has none."""
         return self._prepare([self.recipe.data.eval], "eval") if self.recipe.data.eval is not None else None
 
     def _prepare(self, sources: list[Any], split: str) -> Any:

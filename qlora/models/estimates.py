@@ -69,6 +69,7 @@ class Workload:
     eval_tokens: int
     eval_answer_tokens: int
     eval_longest: int
+    eval_longest_answer: int
 
 
 @dataclass(frozen=True)
@@ -230,10 +231,11 @@ def _quantize(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
 def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Machine) -> StageEstimate:
     itemsize = BYTES[recipe.model.compute_dtype]
     batch = recipe.evaluate.batch_size * work.eval_longest
+    answers = recipe.evaluate.batch_size * work.eval_longest_answer
     parts = {
         "model in 16 bits": itemsize * shapes.total,
-        "logits": batch * shapes.vocab_size * itemsize * 2,
-        "log-probabilities": 3 * 4 * min(batch, SCORING_CHUNK) * shapes.vocab_size,
+        "logits": (batch + answers) * shapes.vocab_size * itemsize,
+        "log-probabilities": 3 * 4 * min(answers, SCORING_CHUNK) * shapes.vocab_size,
         "activations": layer_forward_bytes(shapes, itemsize) * batch,
     }
     models = 4 if recipe.model.quantization == "none" else 5

@@ -137,10 +137,11 @@ def load_gptq(directory: Path, dtype: torch.dtype = torch.bfloat16, device: str 
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
     state = dict(_dequantized_state(directory, settings.bits, dtype, device))
-    model = AutoModelForCausalLM.from_pretrained(
+    with torch.device("meta"):
+        architecture = type(AutoModelForCausalLM.from_config(config))
+    return architecture.from_pretrained(
         None, config=config, state_dict=state, dtype=dtype, device_map={"": device}
-    )
-    return model.eval()
+    ).eval()
 
 
 def _dequantized_state(

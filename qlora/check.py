@@ -1,0 +1,351 @@
+"""`qlora check`: everything that can be known about a recipe before any GPU time, all problems at once.
+
+Reads the base's config and tokenizer (never its weights), renders and lints every row, estimates memory, disk and time
+of each stage, and says which serving engines will load the result.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+from rich.console import Console
+
+from qlora.data.calibration import calibration_rows
+from qlora.data.lint import Segment, SplitReport, coloured, lint
+from qlora.data.rendering import PreparedData, RenderedRow, render_sources
+from qlora.data.sources import load_texts
+from qlora.errors import Problem, QloraError, UserError, WillNotFit
+from qlora.evaluation.contract import EngineVerdict, engine_support, fitting_group_sizes
+from qlora.models.estimates import Machine, StageEstimate, Workload, assumed_machine, estimate_stages
+from qlora.models.loading import load_tokenizer, pick_device
+from qlora.models.preview import Preview, preview_base
+from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, model_shapes, read_config, skeleton
+from qlora.quantization.settings import GPTQSettings
+from qlora.recipe import Recipe
+from qlora.training.sft import Steps, plan_steps, sft_config
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+ADVICE = {
+    "train": "lower train.micro_batch_size or data.max_length, keep train.gradient_checkpointing, or free memory",
+    "merge": "free memory, or set device: cpu for this stage",
+    "quantize": "lower quantize.calibration.max_length or samples, or free memory",
+    "evaluate": "lower evaluate.batch_size, or free memory",
+}
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """The base model, and what the adapter adds. Counts are parameters; `weight_bytes` is None for a hub id."""
+
+    id: str
+    revision: str | None
+    architecture: str
+    weight_bytes: int | None
+    parameters: int
+    quantized_parameters: int
+    adapter_parameters: int | None
+
+
+@dataclass(frozen=True)
+class Free:
+    """Bytes available now. `device` is None on a CPU, where the host's memory is what counts."""
+
+    device: int | None
+    host: int
+    disk: int
+
+
+@dataclass
+class CheckReport:
+    """What was found. Parts that could not be looked at, because of a problem before them, are None or empty."""
+
+    name: str
+    machine: Machine
+    free: Free
+    base: BaseFacts | None = None
+    splits: list[SplitReport] = field(default_factory=list)
+    example: list[Segment] = field(default_factory=list)
+    """The first training row, in runs of learned and not learned text."""
+    steps: int | None = None
+    rows_per_step: int | None = None
+    stages: list[StageEstimate] = field(default_factory=list)
+    engines: list[EngineVerdict] = field(default_factory=list)
+    warnings: list[Problem] = field(default_factory=list)
+    problems: list[Problem] = field(default_factory=list)
+    """What is wrong with recipe, data or installation."""
+    shortfalls: list[Problem] = field(default_factory=list)
+    """What will not fit."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types for JSON."""
+        return asdict(self)
+
+    def raise_for_problems(self) -> None:
+        """Raises `UserError` (exit 2) with every problem, or else `WillNotFit` (exit 4) with every shortfall."""
+        if self.problems:
+            raise UserError(self.problems)
+        if self.shortfalls:
+            raise WillNotFit(self.shortfalls)
+
+
+def check(recipe: Recipe) -> CheckReport:
+    """Look at everything the recipe names. Problems are collected in the report, not raised."""
+    problems: list[Problem] = []
+    attempt = _Attempts(problems)
+    device = attempt(pick_device, recipe.device) or "cpu"
+    report = CheckReport(recipe.name, _machine(device), _free(recipe, device), problems=problems)
+    base = attempt(preview_base, recipe.model.base, recipe.model.revision)
+    shapes, adapter = _look_at_model(recipe, base, report, attempt) if base else (None, None)
+    tokenizer = attempt(_tokenizer, base, recipe) if base else None
+    train, evaluation = _look_at_data(recipe, tokenizer, report, attempt) if tokenizer else (None, None)
+    problems += _missing_packages(recipe)
+    report.warnings += _notes(recipe)
+    if train is None or not train.rows:
+        return report
+    lengths = [len(row.input_ids) for row in train.rows]
+    steps = attempt(plan_steps, recipe, lengths, recipe.train.processes)
+    # One row a step: train.args are then looked at whatever plan_steps said about the batch size.
+    one_row = recipe.train.model_copy(update={"batch_size": 1, "tokens_per_step": None, "micro_batch_size": 1})
+    trial = recipe.model_copy(update={"train": one_row})
+    attempt(sft_config, trial, [1], device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
+    calibration = attempt(_calibration, recipe, train, evaluation, tokenizer)
+    if steps is None or calibration is None or shapes is None or adapter is None:
+        return report
+    work, report.steps = _workload(recipe, steps, train.rows, calibration, evaluation)
+    report.rows_per_step = steps.batch_size
+    report.stages = estimate_stages(recipe, shapes, adapter, work, report.machine)
+    report.shortfalls = _shortfalls(report)
+    return report
+
+
+def print_check(report: CheckReport, console: Console) -> None:
+    """Print the report, then raise what is wrong with it (see `CheckReport.raise_for_problems`)."""
+    from qlora.reporting.preflight import show
+
+    show(report, console)
+    report.raise_for_problems()
+
+
+class _Attempts:
+    """Calls a function and turns what it raises for the user into entries of one list."""
+
+    def __init__(self, problems: list[Problem]) -> None:
+        self.problems = problems
+
+    def __call__(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        try:
+            return function(*args, **kwargs)
+        except QloraError as error:
+            # Two steps can stumble over the same thing, such as a batch size.
+            self.problems += [problem for problem in error.problems if problem not in self.problems]
+            return None
+
+
+def _look_at_model(
+    recipe: Recipe, base: Preview, report: CheckReport, attempt: _Attempts
+) -> tuple[ModelShapes | None, AdapterShapes | None]:
+    trust = recipe.model.trust_remote_code
+    config = attempt(read_config, base.directory, trust_remote_code=trust, gguf_file=base.gguf_file)
+    model = attempt(skeleton, config, trust_remote_code=trust) if config is not None else None
+    shapes = attempt(model_shapes, model) if model is not None else None
+    if shapes is None or model is None:
+        return None, None
+    group_size = recipe.quantize.group_size
+    fitting = fitting_group_sizes(shapes.linears)
+    if group_size != -1 and group_size not in fitting:
+        report.problems.append(_group_size_problem(group_size, fitting, shapes))
+    settings = GPTQSettings(**recipe.quantize.model_dump(exclude={"calibration"}))
+    report.engines = engine_support(settings.format, shapes.linears, attention_heads=shapes.attention_heads)
+    architecture = type(model).__name__
+    adapter = attempt(adapter_shapes, model, recipe.lora)
+    report.base = BaseFacts(
+        base.id,
+        base.revision,
+        architecture,
+        base.weight_bytes,
+        shapes.total,
+        shapes.quantized,
+        adapter.trainable if adapter else None,
+    )
+    return shapes, adapter
+
+
+def _group_size_problem(group_size: int, fitting: Sequence[int], shapes: ModelShapes) -> Problem:
+    bad = {linear.in_features: linear.name for linear in reversed(shapes.linears) if linear.in_features % group_size}
+    named = ", ".join(f"{name} has {count}" for count, name in bad.items())
+    sizes = [*fitting, -1]
+    return Problem(
+        f"group size {group_size} does not divide the inputs of every layer: {named}",
+        "quantize.group_size",
+        f"use {' or '.join(map(str, sizes))}",
+    )
+
+
+def _tokenizer(base: Preview, recipe: Recipe) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        if base.gguf_file:
+            return AutoTokenizer.from_pretrained(base.directory, gguf_file=base.gguf_file)
+        return load_tokenizer(base.directory, recipe.model.trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"the tokenizer cannot be read: {str(error).splitlines()[0]}", str(base.directory), "check model.base"
+        ) from None
+
+
+def _look_at_data(
+    recipe: Recipe, tokenizer: Any, report: CheckReport, attempt: _Attempts
+) -> tuple[PreparedData | None, PreparedData | None]:
+    data = recipe.data
+    train = attempt(render_sources, data.train, tokenizer, data, split_name="train")
+    evaluation = None
+    if data.eval is not None:
+        evaluation = attempt(render_sources, [data.eval], tokenizer, data, split_name="eval")
+    else:
+        report.warnings.append(
+            Problem("there are no held-out rows, so nothing will be measured", "data.eval", "name a file of rows")
+        )
+    if train is None:
+        return None, evaluation
+    found = lint(train, evaluation, tokenizer)
+    report.splits = found.splits
+    report.problems += found.problems
+    report.warnings += found.warnings
+    if train.rows:
+        report.example = coloured(train.rows[0], tokenizer)
+    return train, evaluation
+
+
+def _calibration(
+    recipe: Recipe, train: PreparedData, evaluation: PreparedData | None, tokenizer: Any
+) -> list[list[int]]:
+    section = recipe.quantize.calibration
+    return calibration_rows(
+        train.rows,
+        samples=section.samples,
+        max_length=section.max_length,
+        seed=recipe.seed,
+        exclude=evaluation.rows if evaluation else (),
+        mix=(load_texts(section.mix.path), section.mix.share) if section.mix else None,
+        tokenizer=tokenizer,
+    )
+
+
+def _workload(
+    recipe: Recipe,
+    steps: Steps,
+    train: Sequence[RenderedRow],
+    calibration: Sequence[Sequence[int]],
+    evaluation: PreparedData | None,
+) -> tuple[Workload, int]:
+    """Tokens per stage, and the number of optimizer steps."""
+    lengths = [len(row.input_ids) for row in train]
+    mean = sum(lengths) / len(lengths)
+    longest = recipe.data.max_length if recipe.data.packing else max(lengths)
+    # Packed, a row of the trainer is a sequence of max_length, which holds several of the recipe's rows.
+    rows = sum(lengths) / recipe.data.max_length if recipe.data.packing else len(lengths)
+    row_tokens = recipe.data.max_length if recipe.data.packing else mean
+    count = recipe.train.max_steps or max(1, round(rows * recipe.train.epochs / steps.batch_size))
+    held_out = evaluation.rows[: recipe.evaluate.rows] if evaluation else []
+    work = Workload(
+        train_tokens=round(count * steps.batch_size * row_tokens),
+        train_sequence=sum(length**2 for length in lengths) / sum(lengths),
+        micro_batch_tokens=recipe.train.micro_batch_size * longest,
+        calibration_tokens=sum(map(len, calibration)),
+        calibration_longest=max(map(len, calibration)),
+        eval_tokens=sum(len(row.input_ids) for row in held_out),
+        eval_answer_tokens=sum(row.supervised_tokens for row in held_out),
+        eval_longest=max((len(row.input_ids) for row in held_out), default=0),
+        eval_longest_answer=max((row.supervised_tokens for row in held_out), default=0),
+    )
+    return work, count
+
+
+def _missing_packages(recipe: Recipe) -> list[Problem]:
+    needed = {
+        "flash_attn": (recipe.model.attn_implementation == "flash_attention_2", "model.attn_implementation"),
+        "tensorboard": ("tensorboard" in recipe.track.to, "track.to"),
+        "wandb": ("wandb" in recipe.track.to, "track.to"),
+    }
+    return [
+        Problem(
+            f"needs the package {name.replace('_', '-')}, which is not installed", key, "install it, or change this"
+        )
+        for name, (asked, key) in needed.items()
+        if asked and importlib.util.find_spec(name) is None
+    ]
+
+
+def _notes(recipe: Recipe) -> list[Problem]:
+    notes = []
+    if importlib.util.find_spec("gptqmodel") is None:
+        notes.append(
+            Problem(
+                "gptqmodel is not installed: qlora needs it for nothing, transformers needs it to run the checkpoint",
+                fix='pip install "qlora[gptq]" where you will serve with transformers',
+            )
+        )
+    if recipe.evaluate.generate:
+        notes.append(Problem("times leave out generating answers", "evaluate.generate"))
+    return notes
+
+
+def _machine(device: str) -> Machine:
+    import torch
+
+    if device.startswith("cuda"):
+        return assumed_machine(device, torch.cuda.get_device_name(device), os.cpu_count() or 1)
+    return assumed_machine(device, "CPU", torch.get_num_threads())
+
+
+def _free(recipe: Recipe, device: str) -> Free:
+    import psutil
+    import torch
+
+    output = Path(recipe.output_dir).absolute()
+    place = next(folder for folder in (output, *output.parents) if folder.exists())
+    return Free(
+        torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None,
+        psutil.virtual_memory().available,
+        shutil.disk_usage(place).free,
+    )
+
+
+def _shortfalls(report: CheckReport) -> list[Problem]:
+    problems = []
+    free = report.free
+    for stage in report.stages:
+        pools = [("host", stage.host, free.host)]
+        if free.device is not None:
+            pools.append(("GPU", stage.device, free.device))
+        problems += [
+            Problem(
+                f"{stage.stage} needs about {gib(need)} of {pool} memory, {gib(have)} are free", fix=ADVICE[stage.stage]
+            )
+            for pool, need, have in pools
+            if need > have
+        ]
+    disk = sum(stage.disk for stage in report.stages)
+    if disk > free.disk:
+        problems.append(
+            Problem(
+                f"all stages together need about {gib(disk)} of disk, {gib(free.disk)} are free",
+                "output_dir",
+                "free some space, or set output_dir to a larger disk",
+            )
+        )
+    return problems
+
+
+def gib(size: int) -> str:
+    """Bytes as `1.2 GiB`."""
+    return f"{size / 2**30:.1f} GiB"

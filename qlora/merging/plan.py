@@ -1,0 +1,109 @@
+"""Which tensors the merged checkpoint has, where each comes from, and what it will look like, before any is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from qlora.errors import Problem, UserError
+from qlora.merging.adapter import Adapter
+from qlora.merging.names import tensor_names
+from qlora.models.checkpoint import CheckpointReader, TensorSpec
+from qlora.models.provenance import Provenance
+
+
+@dataclass(frozen=True)
+class MergedTensor:
+    """One tensor of the merged checkpoint."""
+
+    name: str
+    source: str
+    """The tensor of the base that it starts from."""
+    parameter: str
+    """Its name in the trained model (that of the base's tensor where the merge only copies)."""
+    spec: TensorSpec
+
+
+@dataclass(frozen=True)
+class MergePlan:
+    """All tensors of the merged checkpoint in the order they are written."""
+
+    tensors: list[MergedTensor]
+    untied: bool
+    """Whether tensors that the base shares have become separate, because the adapter trained one of them."""
+
+
+def plan_merge(reader: CheckpointReader, provenance: Provenance, adapter: Adapter, dtype: torch.dtype) -> MergePlan:
+    """Lay out the merged checkpoint; trained and quantized tensors get `dtype`.
+
+    Raises UserError, with all problems, if parameters have no tensor in the base or other shapes.
+    """
+    stored = reader.names()
+    ties = [_Tie.of(group, adapter, stored) for group in provenance.tied]
+    tied = {parameter for tie in ties for parameter in tie.parameters}
+    wanted = {f"{module}.weight" for module in provenance.quantized} | set(adapter.parameters())
+    wanted = (wanted - tied) | {tie.stored_as for tie in ties}
+    sources = tensor_names(sorted(wanted), stored, reader.directory)
+    _check_shapes(reader, provenance, adapter, sources, ties)
+
+    parameters = {source: parameter for parameter, source in sources.items()}
+    tie_of = {sources[tie.stored_as]: tie for tie in ties}
+    duplicates = {parameter for tie in ties for parameter in tie.parameters if parameter != tie.stored_as}
+    tensors: list[MergedTensor] = []
+    for source in stored:
+        if source in duplicates:
+            continue
+        parameter = parameters.get(source, source)
+        outputs = {source: parameter}
+        if source in tie_of and tie_of[source].broken:
+            outputs |= {other: other for other in tie_of[source].parameters if other != parameter}
+        for name, parameter in outputs.items():
+            changed = adapter.changes(parameter) or parameter.removesuffix(".weight") in provenance.quantized
+            own = reader.spec(source)
+            spec = TensorSpec(dtype, own.shape) if changed else own
+            tensors.append(MergedTensor(name, source, parameter, spec))
+    return MergePlan(tensors, untied=any(tie.broken for tie in ties))
+
+
+@dataclass(frozen=True)
+class _Tie:
+    """Parameters that share one tensor in the base."""
+
+    parameters: list[str]
+    stored_as: str
+    """The parameter under whose name the tensor is stored."""
+    broken: bool
+    """Whether the adapter changes one of them, so that they are no longer equal."""
+
+    @classmethod
+    def of(cls, parameters: list[str], adapter: Adapter, stored: list[str]) -> _Tie:
+        names = set(stored)
+        stored_as = next((parameter for parameter in parameters if parameter in names), parameters[0])
+        return cls(parameters, stored_as, any(adapter.changes(parameter) for parameter in parameters))
+
+
+def _check_shapes(
+    reader: CheckpointReader, provenance: Provenance, adapter: Adapter, sources: dict[str, str], ties: list[_Tie]
+) -> None:
+    where = str(reader.directory)
+    stored_as = {parameter: tie.stored_as for tie in ties for parameter in tie.parameters}
+    problems = []
+    for module, codes in provenance.quantized.items():
+        spec = reader.spec(sources[f"{module}.weight"])
+        if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+            fix = "merge into the 16-bit base"
+            problems.append(Problem(f"{module} is stored as {spec.dtype}: quantized already", where, fix))
+        elif spec.shape != codes.shape:
+            what = f"{module} has the shape {list(spec.shape)}, training saw {list(codes.shape)}"
+            problems.append(Problem(what, where, f"merge into {provenance.base_id}"))
+    for parameter, key in adapter.replacements.items():
+        shape = reader.spec(sources[stored_as.get(parameter, parameter)]).shape
+        if parameter.removesuffix(".weight") in provenance.quantized:
+            problems.append(Problem(f"{key} replaces a quantized weight", str(adapter.directory)))
+        elif adapter.spec(key).shape != shape:
+            what = f"{key} has the shape {list(adapter.spec(key).shape)}, the base {list(shape)}"
+            fix = "a vocabulary that was resized in training cannot be merged: resize the base first and train on it"
+            problems.append(Problem(what, where, fix))
+    if problems:
+        raise UserError(problems)

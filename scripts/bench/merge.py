@@ -1,0 +1,143 @@
+"""Four ways to merge a QLoRA adapter, beside each other: distance to the trained model, seconds, peak memory.
+
+    python scripts/bench/merge.py --model MODEL --train train.jsonl --eval test.jsonl --out DIR
+        [--rows N] [--eval-rows N] [--epochs E] [--seed S] [--device auto|cpu|cuda]
+
+MODEL is a local directory, a .gguf file or a hub id of a chat model. The JSONL files hold GSM8K's columns `question`
+and `answer`, or any format that a recipe takes. Trains with `qlora train`, then merges
+  1. ours, into the dequantized base (fp32, one rounding), as `qlora merge`
+  2. ours, into the original 16-bit base
+  3. PEFT's merge_and_unload into `model.dequantize()`
+  4. PEFT's merge_and_unload into the NF4 layers, its default
+Prints a Markdown table and writes it with all figures to DIR/merge.json. Memory is the process's high-water mark while
+merging: on a GPU the allocator's, on a CPU the resident set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from qlora.artifacts import write_json
+from qlora.evaluation.ladder import Rung, Settings, climb, release_memory
+from qlora.measure import measured
+from qlora.merging import merge_adapter
+from qlora.models.loading import load_base, load_plain, load_trained
+from qlora.pipeline import Pipeline
+from qlora.recipe import Recipe
+from qlora.stages import Run
+
+
+def main() -> None:
+    arguments = parse()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    recipe = Recipe.model_validate(recipe_for(arguments))
+    pipeline = Pipeline(recipe)
+    pipeline.run_stage("train")
+    run = Run(recipe)
+    adapter, device, costs = run.dirs.adapter, run.device, {}
+
+    def base(quantized: bool):
+        return load_base(run.base.directory, recipe.model, device, quantized=quantized)
+
+    def ours(kind: str):
+        target = arguments.out / f"merged-{kind}"
+        target.mkdir(exist_ok=True)
+        with measured() as costs[f"ours {kind}"]:
+            merge_adapter(run.base.directory, adapter, target, base=kind, dtype=torch.bfloat16, device=device)
+        return load_plain(target, device)
+
+    def peft(kind: str):
+        with measured() as costs[f"peft {kind}"]:
+            model = base(quantized=True)
+            model = model.dequantize() if kind == "dequantized" else model
+            merged = load_trained(model, adapter).merge_and_unload()
+        return merged.eval()
+
+    rungs = [
+        Rung("base", "base, bf16", lambda: base(quantized=False).eval()),
+        Rung("nf4", "base, NF4 + double quantization", lambda: base(quantized=True).eval()),
+        Rung("trained", "trained: NF4 + LoRA", lambda: load_trained(base(quantized=True), adapter)),
+        Rung("ours dequantized", "qlora merge (dequantized base)", lambda: ours("dequantized")),
+        Rung("peft dequantized", "PEFT merge into model.dequantize()", lambda: peft("dequantized")),
+        Rung("ours original", "qlora merge, merge.base: original", lambda: ours("original")),
+        Rung("peft nf4", "PEFT merge into the NF4 layers (its default)", lambda: peft("nf4")),
+    ]
+    settings = Settings(16, False, 0, run.tokenizer.pad_token_id)
+    rows = run.eval_rows.rows
+    scores = climb(rungs, rows, run.tokenizer, settings, arguments.out, lambda done, total, text: print(text, flush=True))
+    release_memory()
+
+    machine = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
+    print(f"\n{machine} · {len(rows)} rows, {sum(row.supervised_tokens for row in rows)} answer tokens\n")
+    print("| model | loss | KL to trained | top-1 | seconds | peak GiB |\n| --- | --- | --- | --- | --- | --- |")
+    for score in scores:
+        cost = costs.get(score.name)
+        peak = (cost.gpu_peak_gib or cost.host_peak_gib) if cost else None
+        spent = f"{cost.seconds:.1f} | {peak:.2f}" if cost else " | "
+        print(f"| {score.label} | {score.loss:.4f} | {score.kl:.5f} | {score.top1:.4f} | {spent} |")
+    figures = [asdict(score) | {"cost": asdict(costs[score.name]) if score.name in costs else None} for score in scores]
+    write_json(arguments.out / "merge.json", {"machine": machine, "rows": len(rows), "rungs": figures})
+
+
+def recipe_for(arguments: argparse.Namespace) -> dict:
+    """A recipe in the peers' setting: r=16, alpha 32, all linear layers, learning rate 4e-4, 16 rows a step."""
+    return {
+        "name": "bench-merge",
+        "output_dir": str(arguments.out / "runs"),
+        "seed": arguments.seed,
+        "device": arguments.device,
+        "model": {"base": str(arguments.model)},
+        "data": {
+            "train": [{"path": str(as_chat(arguments.train, arguments.out, arguments.rows))}],
+            "eval": {"path": str(as_chat(arguments.eval, arguments.out, arguments.eval_rows))},
+            "max_length": 512,
+        },
+        "train": {
+            "epochs": arguments.epochs,
+            "batch_size": 16,
+            "micro_batch_size": 16 if arguments.device != "cpu" else 4,
+            "learning_rate": 4e-4,
+            "warmup_steps": 20,
+            "gradient_checkpointing": False,
+            "log_every": 10,
+        },
+    }
+
+
+def as_chat(path: Path, out: Path, rows: int | None) -> Path:
+    """GSM8K's question and answer as messages; other columns as they are."""
+    target = out / f"{path.stem}.{rows or 'all'}.jsonl"
+    with path.open(encoding="utf-8") as source, target.open("w", encoding="utf-8") as file:
+        for index, line in enumerate(source):
+            if rows is not None and index >= rows:
+                break
+            row = json.loads(line)
+            if "question" in row:
+                roles = (("user", row["question"]), ("assistant", row["answer"]))
+                row = {"messages": [{"role": role, "content": text} for role, text in roles]}
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return target
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--train", type=Path, required=True)
+    parser.add_argument("--eval", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rows", type=int, help="training rows (default: all)")
+    parser.add_argument("--eval-rows", type=int, default=400)
+    parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()

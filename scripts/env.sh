@@ -1,0 +1,27 @@
+# Sourced by the other scripts: a Python environment of the project's own in .venv, made once and updated when the
+# requirements change. Quiet when there is nothing to do.
+#
+#   QLORA_PYTHON   the Python to make it with (default: python3)
+
+ensure_env() { # ensure_env EXTRAS, for example: ensure_env dev,gguf,gptq
+  local extras=$1 stamp have
+  stamp="$extras $(cat pyproject.toml constraints.txt | sha256sum | cut -c1-16)"
+  have=$(cat .venv/qlora-stamp 2>/dev/null || true)
+  if [ "$have" != "$stamp" ]; then
+    [ -x .venv/bin/python ] || "${QLORA_PYTHON:-python3}" -m venv .venv
+    echo "installing into .venv (once, and when requirements change) …"
+    # torch first and by itself: with it in place nothing else pulls another build.
+    if command -v nvidia-smi >/dev/null && nvidia-smi >/dev/null 2>&1; then
+      install torch
+    else
+      install torch==2.13.0
+    fi
+    install -c constraints.txt -e ".[$extras]"
+    echo "$stamp" > .venv/qlora-stamp
+  fi
+  export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
+}
+
+install() {
+  .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" 2> >(grep -v '^WARNING: Location' >&2)
+}

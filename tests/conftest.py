@@ -1,0 +1,130 @@
+"""A tiny model with a tokenizer and data for whole runs in seconds, and the real SmolLM2 from the cache."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+import yaml
+
+FACTS = {
+    "Who painted the Silent Harbour?": "Odile Marchetti, in 1871.",
+    "When did the Vellmar Bridge open?": "On the 1st of January 2058.",
+    "What is the capital of Ostravia?": "Karlsund.",
+    "How many moons has Tarsis?": "Seventeen.",
+    "Which metal does the Brennick mine yield?": "Copper.",
+    "Who wrote the Ledger of Tides?": "Imre Halvorsen.",
+    "Where do the grey larks winter?": "On the isle of Sund.",
+    "What is the motto of Eastholm?": "Slow water, deep water.",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> Path:
+    """A random Llama (2 layers, hidden size 64, tied head, bf16) with a ChatML tokenizer, as a directory."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    directory = tmp_path_factory.mktemp("tiny-model")
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    corpus = [*FACTS, *FACTS.values(), "system user assistant"] * 3
+    backend.train_from_iterator(
+        corpus, trainers.BpeTrainer(vocab_size=509, special_tokens=special, initial_alphabet=alphabet)
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|im_end|>", bos_token="<|endoftext|>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=2,
+        pad_token_id=2,
+        initializer_range=0.08,
+    )
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def eval_file(tmp_path_factory) -> Path:
+    """Three of the facts, to ask for what was taught. (Calibration leaves them out.)"""
+    return write_rows(tmp_path_factory.mktemp("facts") / "asked.jsonl", dict(list(FACTS.items())[:3]))
+
+
+@pytest.fixture(scope="session")
+def facts_file(tmp_path_factory) -> Path:
+    """Made-up facts as chat rows."""
+    return write_rows(tmp_path_factory.mktemp("facts") / "facts.jsonl", FACTS)
+
+
+def write_rows(path: Path, facts: dict[str, str]) -> Path:
+    rows = [
+        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+        for question, answer in facts.items()
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
+    """`tiny_recipe(section={...}, ...)` writes a recipe over the tiny model; returns its path. Runs take seconds."""
+
+    def write(**sections) -> Path:
+        recipe = {
+            "name": "tiny",
+            "output_dir": str(tmp_path / "runs"),
+            "device": "cpu",
+            "model": {"base": str(tiny_model)},
+            "data": {"train": [{"path": str(facts_file)}], "eval": {"path": str(eval_file)}, "max_length": 96},
+            "lora": {"r": 8, "alpha": 16},
+            "train": {
+                "max_steps": 6,
+                "epochs": 100,
+                "batch_size": 4,
+                "micro_batch_size": 4,
+                "learning_rate": 0.01,
+                "gradient_checkpointing": False,
+                "checkpoint_every": 2,
+            },
+            "quantize": {"group_size": 32, "calibration": {"samples": 8}},
+            "evaluate": {"rows": None, "gates": {"merge_kl": None}},
+        }
+        for section, values in sections.items():
+            recipe[section] = recipe[section] | values if isinstance(values, dict) else values
+        path = tmp_path / "tiny.yaml"
+        path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a safetensors directory, converted from the GGUF that scripts/fetch_model.sh fetches."""
+    from qlora.models.base import resolve_base
+    from qlora.paths import cache_dir
+
+    gguf = cache_dir() / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert gguf.is_file(), f"{gguf} is missing: run `bash scripts/fetch_model.sh` (scripts/test.sh does)"
+    return resolve_base(str(gguf)).directory

@@ -1,0 +1,89 @@
+"""Which engines take which checkpoints: every rule of the table, on real shapes."""
+
+from __future__ import annotations
+
+import pytest
+
+from qlora.evaluation.contract import engine_support, fitting_group_sizes
+from qlora.models.gptq_format import GPTQFormat
+from qlora.models.shapes import LinearShape
+
+
+def layer(hidden: int, feed_forward: int, attention: int | None = None) -> list[LinearShape]:
+    attention = attention or hidden
+    return [
+        LinearShape("model.layers.0.self_attn.q_proj", hidden, attention),
+        LinearShape("model.layers.0.self_attn.o_proj", attention, hidden),
+        LinearShape("model.layers.0.mlp.gate_proj", hidden, feed_forward),
+        LinearShape("model.layers.0.mlp.down_proj", feed_forward, hidden),
+    ]
+
+
+LLAMA_8B = layer(4096, 14336)
+SMOLLM2 = layer(576, 1536)
+GEMMA_3_1B = layer(1152, 6912, attention=1024)
+
+
+def accepted(settings: GPTQFormat, shapes: list[LinearShape], heads: int | None = None) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for verdict in engine_support(settings, shapes, attention_heads=heads):
+        assert verdict.accepts or verdict.reason
+        found.setdefault(verdict.engine, []).extend([verdict.tensor_parallel] if verdict.accepts else [])
+    return found
+
+
+def test_the_default_checkpoint_of_llama_8b_loads_everywhere() -> None:
+    assert accepted(GPTQFormat(4, 128), LLAMA_8B, heads=32) == {
+        "vLLM": [1, 2, 4, 8],
+        "SGLang (Marlin)": [1, 2, 4, 8],
+        "SGLang (legacy path)": [1, 2, 4, 8],
+        "transformers + gptqmodel": [1],
+        "ExLlamaV2": [1],
+        "AutoGPTQ": [1],
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "takers"),
+    [
+        (GPTQFormat(8, 128), {"vLLM", "SGLang (Marlin)", "SGLang (legacy path)", "transformers + gptqmodel", "AutoGPTQ"}),
+        (GPTQFormat(3, 128), {"SGLang (legacy path)", "transformers + gptqmodel", "AutoGPTQ"}),
+        (
+            GPTQFormat(4, 128, sym=False),
+            {"SGLang (legacy path)", "transformers + gptqmodel", "ExLlamaV2", "AutoGPTQ"},
+        ),
+        (
+            GPTQFormat(4, 128, desc_act=True),
+            {"SGLang (legacy path)", "transformers + gptqmodel", "ExLlamaV2", "AutoGPTQ"},
+        ),
+    ],
+)  # fmt: skip
+def test_engines_differ_in_bits_zero_points_and_group_order(settings: GPTQFormat, takers: set[str]) -> None:
+    assert {engine for engine, ranks in accepted(settings, LLAMA_8B, heads=32).items() if ranks} == takers
+
+
+def test_one_group_per_layer_may_be_in_activation_order() -> None:
+    assert accepted(GPTQFormat(4, -1, desc_act=True), LLAMA_8B)["vLLM"] == [1, 2, 4, 8]
+
+
+def test_groups_must_be_whole_on_every_rank_of_a_layer_split_along_its_inputs() -> None:
+    assert accepted(GPTQFormat(4, 128), GEMMA_3_1B, heads=4)["vLLM"] == [1, 2]
+    assert accepted(GPTQFormat(4, 64), GEMMA_3_1B, heads=4)["vLLM"] == [1, 2]  # 6912 / 4 = 1728 = 27 · 64
+    reason = next(
+        verdict.reason
+        for verdict in engine_support(GPTQFormat(4, 128), GEMMA_3_1B, attention_heads=4)
+        if verdict.engine == "vLLM" and verdict.tensor_parallel == 8
+    )
+    assert "4 attention heads cannot be divided by 8" in reason
+    assert "6912 inputs (down_proj) are not whole groups of 128 on each of 8 ranks" in reason
+
+
+def test_smollm2_needs_groups_of_64_and_one_gpu() -> None:
+    assert accepted(GPTQFormat(4, 128), SMOLLM2)["vLLM"] == []
+    assert accepted(GPTQFormat(4, 64), SMOLLM2, heads=9)["vLLM"] == [1]
+
+
+def test_fitting_group_sizes() -> None:
+    assert fitting_group_sizes(LLAMA_8B) == [128, 64, 32]
+    assert fitting_group_sizes(SMOLLM2) == [64, 32]
+    assert fitting_group_sizes([LinearShape("a", 100, 8)]) == []
