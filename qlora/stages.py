@@ -227,13 +227,9 @@ def read_ladder(dirs: RunDir) -> dict[str, Any]:
 def summary(stage: str, metrics: dict[str, Any]) -> str:
     """A few words about a stage's metrics."""
     if stage == "train":
-        rate = metrics.get("tokens_per_second")
-        loss = metrics.get("final_loss")
-        return (
-            f"{metrics['steps']} steps, loss {loss:.3f}, {rate:,.0f} tok/s"
-            if loss is not None
-            else "nothing left to do"
-        )
+        loss = metrics["final_loss"] if metrics["final_loss"] is not None else metrics["mean_loss"]
+        rate = f", {metrics['tokens_per_second']:,.0f} tok/s" if metrics["tokens_per_second"] else ""
+        return f"{metrics['steps']} steps, loss {loss:.3f}{rate}"
     if stage == "merge":
         return f"{metrics['merged_modules']} layers merged in fp32, 4-bit codes as trained"
     if stage == "quantize":

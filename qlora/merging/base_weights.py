@@ -21,7 +21,13 @@ from bitsandbytes.functional import (
     quantize_blockwise,
 )
 
-from qlora.models.provenance import ModuleCodes, QuantizationSettings, codes_fingerprint, decompressed_absmax
+from qlora.models.provenance import (
+    ModuleCodes,
+    QuantizationSettings,
+    codes_fingerprint,
+    decompressed_absmax,
+    one_block_per_row,
+)
 
 ROW_BLOCK_ELEMENTS = 4 * 2**20
 """Weights held in fp32 at a time; a handful of temporaries of this size are alive at the peak."""
@@ -69,13 +75,14 @@ class QuantizedWeight:
         start, stop = rows.start * self.shape[1], rows.stop * self.shape[1]
         state = QuantState(
             absmax=self._absmax[start // settings.blocksize : -(-stop // settings.blocksize)],
-            shape=torch.Size((rows.stop - rows.start, self.shape[1])),
+            shape=one_block_per_row(stop - start, settings.blocksize),
             dtype=settings.compute_dtype,
             blocksize=settings.blocksize,
             code=get_4bit_type(settings.quant_type, device=self._codes.device),
             quant_type=settings.quant_type,
         )
-        return dequantize_4bit(self._codes[start // 2 : -(-stop // 2)], state).float()
+        flat = dequantize_4bit(self._codes[start // 2 : -(-stop // 2)], state)
+        return flat.float().reshape(rows.stop - rows.start, self.shape[1])
 
 
 def _double_quantized(absmax: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ compared, within ABSMAX_TOLERANCE. The codes do not change when all weights are 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -88,8 +89,9 @@ def write_provenance(
 ) -> Provenance:
     """Describe the base inside a model that is loaded for training, with or without a PEFT adapter on it, as base.json.
 
-    Raises UserError for 8-bit layers and for GPT-2's Conv1D, which the merge does not know; ValueError when the weights
-    disagree with the settings, or lie in bitsandbytes' repacked layout for CPU inference, which has other bytes.
+    Raises UserError for 8-bit layers and for GPT-2's Conv1D, which the merge does not know, and for layers that
+    bitsandbytes dequantizes wrongly on this device; ValueError when the weights disagree with the settings, or lie in
+    bitsandbytes' repacked layout for CPU inference, which has other bytes.
     """
     import bitsandbytes
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
@@ -124,7 +126,7 @@ def write_provenance(
         unquantized=sorted(unquantized),
         tied=_tied_parameters(base),
     )
-    path.write_text(json.dumps(_to_json(provenance), indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(provenance_to_json(provenance), indent=1) + "\n", encoding="utf-8")
     return provenance
 
 
@@ -137,11 +139,36 @@ def read_provenance(path: Path) -> Provenance:
             fix="use an adapter that `qlora train` wrote, or train it again",
         )
     try:
-        return _from_json(json.loads(path.read_text(encoding="utf-8")))
+        return provenance_from_json(json.loads(path.read_text(encoding="utf-8")))
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"not a provenance file ({error!r})", where=str(path), fix="run `qlora train` again to write it"
         ) from error
+
+
+def provenance_to_json(provenance: Provenance) -> dict[str, Any]:
+    """base.json as a JSON-serialisable dictionary."""
+    settings = asdict(provenance.settings)
+    for key in ("compute_dtype", "quant_storage"):
+        settings[key] = _dtype_name(settings[key])
+    return asdict(provenance) | {
+        "settings": settings,
+        "load_dtype": _dtype_name(provenance.load_dtype),
+        "digest": provenance.digest,
+    }
+
+
+def provenance_from_json(data: dict[str, Any]) -> Provenance:
+    """The inverse of `provenance_to_json`. Raises KeyError, TypeError or AttributeError for anything else."""
+    settings = dict(data.pop("settings"))
+    for key in ("compute_dtype", "quant_storage"):
+        settings[key] = getattr(torch, settings[key])
+    quantized = {
+        name: ModuleCodes(**codes | {"shape": tuple(codes["shape"])}) for name, codes in data.pop("quantized").items()
+    }
+    load_dtype = getattr(torch, data.pop("load_dtype"))
+    data.pop("digest")
+    return Provenance(**data, settings=QuantizationSettings(**settings), load_dtype=load_dtype, quantized=quantized)
 
 
 def codes_fingerprint(shape: tuple[int, ...], sha256: str, absmax: torch.Tensor) -> ModuleCodes:
@@ -157,6 +184,30 @@ def decompressed_absmax(state: QuantState) -> torch.Tensor:
     if not state.nested:
         return state.absmax.float()
     return (dequantize_blockwise(state.absmax, state.state2) + state.offset).float()
+
+
+def one_block_per_row(elements: int, blocksize: int) -> torch.Size:
+    """The shape to dequantize so many elements in: bitsandbytes 0.50 on CPUs with AVX-512 scales with the wrong block
+    where a row ends inside one (seen with rows of 32, 96 and 160), on GPUs the shape makes no difference."""
+    return torch.Size((1, elements) if elements % blocksize else (elements // blocksize, blocksize))
+
+
+def _check_dequantization(name: str, weight: Any) -> None:
+    """Raise UserError if this device computes with other weights than those quantized (see `one_block_per_row`)."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    state = weight.quant_state
+    if state.shape[1] % state.blocksize == 0:
+        return
+    flat = copy.copy(state)
+    flat.shape = one_block_per_row(state.shape.numel(), state.blocksize)
+    if not torch.equal(dequantize_4bit(weight.data, state).flatten(), dequantize_4bit(weight.data, flat).flatten()):
+        raise UserError(
+            f"bitsandbytes dequantizes rows of {state.shape[1]} wrongly on this {weight.device.type}: training would "
+            f"use them (multiples of {state.blocksize} are right)",
+            where=name,
+            fix="train on a GPU, or set model.quantization: none",
+        )
 
 
 def _module_codes(name: str, module: Linear4bit, settings: QuantizationSettings) -> ModuleCodes:
@@ -175,6 +226,7 @@ def _module_codes(name: str, module: Linear4bit, settings: QuantizationSettings)
     expected = (settings.quant_type, settings.double_quant, settings.blocksize, settings.quant_storage)
     if found != expected:
         raise ValueError(f"{name} is quantized as {found}, the settings say {expected}")
+    _check_dequantization(name, weight)
     codes = weight.data.detach().cpu().contiguous().view(torch.uint8)
     return codes_fingerprint(state.shape, hashlib.sha256(codes.numpy().data).hexdigest(), decompressed_absmax(state))
 
@@ -195,29 +247,6 @@ def _tied_parameters(base: nn.Module) -> list[list[str]]:
     for name, parameter in _base_items(base.named_parameters(remove_duplicate=False)):
         names.setdefault(id(parameter), []).append(name)
     return [group for group in names.values() if len(group) > 1]
-
-
-def _to_json(provenance: Provenance) -> dict[str, Any]:
-    settings = asdict(provenance.settings)
-    for key in ("compute_dtype", "quant_storage"):
-        settings[key] = _dtype_name(settings[key])
-    return asdict(provenance) | {
-        "settings": settings,
-        "load_dtype": _dtype_name(provenance.load_dtype),
-        "digest": provenance.digest,
-    }
-
-
-def _from_json(data: dict[str, Any]) -> Provenance:
-    settings = dict(data.pop("settings"))
-    for key in ("compute_dtype", "quant_storage"):
-        settings[key] = getattr(torch, settings[key])
-    quantized = {
-        name: ModuleCodes(**codes | {"shape": tuple(codes["shape"])}) for name, codes in data.pop("quantized").items()
-    }
-    load_dtype = getattr(torch, data.pop("load_dtype"))
-    data.pop("digest")
-    return Provenance(**data, settings=QuantizationSettings(**settings), load_dtype=load_dtype, quantized=quantized)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

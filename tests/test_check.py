@@ -1,0 +1,179 @@
+"""`qlora check` on a tiny model directory: a good recipe, every kind of problem at once, and what does not fit."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from qlora.check import CheckReport, check, print_check
+from qlora.errors import UserError, WillNotFit
+from qlora.recipe import Recipe
+
+CHATML = """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant\n' }}
+{%- endif %}
+"""
+
+
+@pytest.fixture(scope="module")
+def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config and byte-level tokenizer of a two-layer Llama. Its weights are no safetensors: nothing may read them."""
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({byte: index for index, byte in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True) for t in ("<|im_start|>", "<|im_end|>", "<|end|>")])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|end|>")
+    fast.chat_template = CHATML
+    fast.save_pretrained(folder)
+    LlamaConfig(
+        hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(fast), architectures=["LlamaForCausalLM"],
+    ).save_pretrained(folder)  # fmt: skip
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, first, count in (("train", 0, 12), ("eval", 100, 4)):
+        turns = [(f"What is {i}?", f"It is {i}.") for i in range(first, first + count)]
+        rows = [
+            {"messages": [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]}
+            for asked, answer in turns
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture
+def make(model_dir: Path, data_dir: Path, tmp_path: Path):
+    def make_recipe(**sections: dict[str, Any]) -> Recipe:
+        tree: dict[str, Any] = {
+            "name": "tiny",
+            "output_dir": str(tmp_path / "runs"),
+            "device": "cpu",
+            "model": {"base": str(model_dir)},
+            "data": {
+                "train": [{"path": str(data_dir / "train.jsonl")}],
+                "eval": {"path": str(data_dir / "eval.jsonl")},
+            },
+            "train": {"batch_size": 4, "micro_batch_size": 2, "epochs": 2},
+            "quantize": {"group_size": 32},
+        }
+        for name, values in sections.items():
+            tree[name] = tree.get(name, {}) | values
+        return Recipe.model_validate(tree)
+
+    return make_recipe
+
+
+def printed(report: CheckReport) -> str:
+    text = io.StringIO()
+    print_check(report, Console(file=text, width=200))
+    return text.getvalue()
+
+
+def test_a_good_recipe_is_described_without_reading_its_weights(make, tmp_path: Path) -> None:
+    report = check(make())
+    assert report.problems == [] and report.shortfalls == []
+    assert report.base is not None and report.base.architecture == "LlamaForCausalLM"
+    assert report.base.weight_bytes == len(b"not weights")
+    assert report.base.adapter_parameters == 16 * 2 * sum((128, 96, 96, 128, 256, 256, 256))
+    assert [(split.name, split.rows) for split in report.splits] == [("train", 12), ("eval", 4)]
+    assert (report.steps, report.rows_per_step) == (6, 4)
+    assert [stage.stage for stage in report.stages] == ["train", "merge", "quantize", "evaluate"]
+    assert all(stage.host > 0 and stage.disk > 0 and stage.seconds for stage in report.stages)
+    learned = "".join(segment.text for segment in report.example if segment.supervised)
+    assert learned == "It is 0.<|im_end|>"
+    assert not (tmp_path / "runs").exists(), "a check writes nothing"
+    json.dumps(report.to_dict())
+
+    text = printed(report)
+    for expected in (
+        "⟦It is 0.<|im_end|>⟧",
+        "quantize",
+        "vLLM",
+        "Estimates, not measurements",
+        "Nothing stands in the way",
+    ):
+        assert expected in text
+
+
+def test_all_problems_come_at_once_with_exit_code_2(make, data_dir: Path) -> None:
+    report = check(
+        make(
+            quantize={"group_size": 128},
+            train={"batch_size": 3, "args": {"no_such_field": 1}},
+            lora={"target_modules": ["no_such_layer"]},
+            data={"eval": {"path": str(data_dir / "evil.jsonl")}},
+        )
+    )
+    with pytest.raises(UserError) as raised:
+        printed(report)
+    assert raised.value.exit_code == 2
+    text = str(raised.value)
+    for expected in (
+        "group size 128",
+        "use 64 or 32 or -1",
+        "no_such_field",
+        "no_such_layer",
+        "batch_size",
+        "eval.jsonl",
+    ):
+        assert expected in text, text
+
+
+def test_what_does_not_fit_ends_with_exit_code_4(make) -> None:
+    report = check(make(train={"batch_size": 10**9, "micro_batch_size": 10**9}))
+    with pytest.raises(WillNotFit) as raised:
+        printed(report)
+    assert raised.value.exit_code == 4
+    assert "train needs about" in str(raised.value) and "train.micro_batch_size" in str(raised.value)
+
+
+def test_a_missing_base_leaves_the_rest_readable(make, tmp_path: Path) -> None:
+    report = check(make(model={"base": str(tmp_path / "nowhere")}))
+    assert [problem.what for problem in report.problems] == ["this base model does not exist"]
+    with pytest.raises(UserError):
+        printed(report)
+
+
+def test_a_quantized_base_is_refused(make, model_dir: Path, tmp_path: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    problems = check(make(model={"base": str(tmp_path)})).problems
+    assert ["quantized already (gptq)" in problem.what for problem in problems] == [True]
+
+
+def test_a_missing_extra_is_named(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
+    problems = check(make(model={"base": str(tmp_path / "model.gguf")})).problems
+    assert problems[0].fix == 'pip install "qlora[gguf]"'
+
+
+def test_rows_that_teach_nothing_are_problems(make) -> None:
+    problems = check(make(data={"max_length": 8})).problems
+    assert any("no token carries loss" in problem.what for problem in problems)
+
+
+def test_a_recipe_without_held_out_rows_is_noted(make) -> None:
+    report = check(make(data={"eval": None}))
+    assert report.problems == []
+    assert any("nothing will be measured" in warning.what for warning in report.warnings)
