@@ -17,6 +17,7 @@ from typing import Any, ParamSpec, TypeVar
 from rich.console import Console
 
 from qlora.data.calibration import calibration_rows
+from qlora.data.formats import read_examples
 from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.rendering import PreparedData, RenderedRow, render_sources
 from qlora.data.sources import load_texts
@@ -105,7 +106,7 @@ def check(recipe: Recipe) -> CheckReport:
     base = attempt(preview_base, recipe.model.base, recipe.model.revision)
     shapes, adapter = _look_at_model(recipe, base, report, attempt) if base else (None, None)
     tokenizer = attempt(_tokenizer, base, recipe) if base else None
-    train, evaluation = _look_at_data(recipe, tokenizer, report, attempt) if tokenizer else (None, None)
+    train, evaluation = _look_at_data(recipe, tokenizer, report, attempt)
     problems += _missing_packages(recipe)
     report.warnings += _notes(recipe)
     if train is None or not train.rows:
@@ -206,6 +207,10 @@ def _look_at_data(
     recipe: Recipe, tokenizer: Any, report: CheckReport, attempt: _Attempts
 ) -> tuple[PreparedData | None, PreparedData | None]:
     data = recipe.data
+    if tokenizer is None:  # rows that cannot be rendered can still be read
+        for source in [*data.train, *([data.eval] if data.eval else [])]:
+            attempt(read_examples, source)
+        return None, None
     train = attempt(render_sources, data.train, tokenizer, data, split_name="train")
     evaluation = None
     if data.eval is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 from collections.abc import Callable
@@ -133,6 +134,8 @@ def doctor() -> None:
 def main() -> None:
     """Run a command and end with its exit code (see qlora.errors)."""
     signal.signal(signal.SIGTERM, _as_interrupt)
+    logging.getLogger().addHandler(logging.NullHandler())  # what libraries log goes to the run's log file only
+    logging.captureWarnings(True)
     sys.exit(_exit_code(lambda: qlora.main(standalone_mode=False)))
 
 

@@ -10,7 +10,6 @@ import contextlib
 import importlib.metadata
 import logging
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -156,21 +155,29 @@ class Pipeline:
         self.out.print(f"  {stage.name:10} {_cost(cost)} · {stages.summary(stage.name, metrics)}")
 
     def _launch_training(self, processes: int) -> None:
-        """Train in several processes, as `accelerate launch --num_processes N -m qlora train` would."""
-        on_gpu = self.state.device.startswith("cuda")
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", str(processes)]
+        """Train in several processes, as `accelerate launch --num_processes N -m qlora train` would.
+
+        accelerate starts several processes only as "multi_gpu", on CPUs too: with --cpu it silently starts one.
+        """
+        if os.environ.get(LOCK_HELD):
+            raise QloraError(f"the launcher started one process instead of {processes}", "train.processes")
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
         command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", str(_free_port())]
-        command += ["--multi_gpu"] if on_gpu else ["--cpu"]
-        command += ["-m", "qlora", "train", str(self.dirs.recipe)]
-        self.tracker.close()  # the first process of the launch continues the same run
+        command += ["--main_process_port", "0", "-m", "qlora", "train", str(self.dirs.recipe)]
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-        code = subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": threads, LOCK_HELD: "1"}).returncode
+        environment = os.environ | {"OMP_NUM_THREADS": threads, LOCK_HELD: "1"}
+        if self.state.device == "cpu":
+            environment["ACCELERATE_USE_CPU"] = "true"
+        self.tracker.close()  # the first process of the launch continues the same run
+        code = subprocess.run(command, env=environment).returncode
         self.lineage = Lineage(self.dirs.lineage)
         if code or not self._is_current(STAGES["train"]):
             raise QloraError(
                 f"the {processes} training processes ended with an error", str(self.dirs.logs), "see above"
             )
+        started = self.lineage.metrics("train")["processes"]
+        if started != processes:
+            raise QloraError(f"{started} process(es) trained instead of {processes}", "train.processes")
 
     def _finish(self) -> None:
         """Show the ladder and where the checkpoint is. Raises `GateFailed` if a gate is missed."""
@@ -240,9 +247,3 @@ def versions() -> dict[str, str]:
 def _cost(cost: Measured) -> str:
     memory = cost.gpu_peak_gib if cost.gpu_peak_gib else cost.host_peak_gib
     return duration(cost.seconds) + (f" · {memory:.1f} GiB" if memory else "")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -171,7 +171,8 @@ def _resolve_paths(data: dict[Any, Any], folder: Path) -> None:
             parent = parent.get(key) if isinstance(parent, dict) else None
         if isinstance(parent, dict) and isinstance(parent.get(rest[-1]), str):
             parent[rest[-1]] = _resolved(parent[rest[-1]], folder)
-    sources = data.get("data") if isinstance(data.get("data"), dict) else {}
+    found = data.get("data")
+    sources: dict[str, Any] = found if isinstance(found, dict) else {}
     train = sources.get("train")
     listed = list(train) if isinstance(train, list) else list(train.values()) if isinstance(train, dict) else []
     for source in [*listed, sources.get("eval")]:

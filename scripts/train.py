@@ -1,4 +1,4 @@
-"""Multi-process training: `accelerate launch scripts/train.py RECIPE [section.key=value ...]`, the same as `qlora train`."""
+"""`accelerate launch scripts/train.py RECIPE [section.key=value ...]`: `qlora train` in several processes."""
 
 import sys
 

@@ -146,9 +146,13 @@ def test_what_does_not_fit_ends_with_exit_code_4(make) -> None:
     assert "train needs about" in str(raised.value) and "train.micro_batch_size" in str(raised.value)
 
 
-def test_a_missing_base_leaves_the_rest_readable(make, tmp_path: Path) -> None:
-    report = check(make(model={"base": str(tmp_path / "nowhere")}))
-    assert [problem.what for problem in report.problems] == ["this base model does not exist"]
+def test_a_missing_base_does_not_hide_problems_of_the_data(make, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text("{not json\n")
+    train = [{"path": str(tmp_path / "bad.jsonl")}]
+    report = check(make(model={"base": str(tmp_path / "nowhere")}, data={"train": train}))
+    base, rows = report.problems
+    assert base.what == "this base model does not exist"
+    assert "not valid JSON" in rows.what and rows.where.endswith("bad.jsonl:1")
     with pytest.raises(UserError):
         printed(report)
 

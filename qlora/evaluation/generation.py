@@ -21,7 +21,8 @@ def exact_match(
     if not asked:
         return None
     texts = generate(model, asked, tokenizer, batch_size, max_new_tokens)
-    return sum(text.strip() == row.answer_text.strip() for text, row in zip(texts, asked, strict=True)) / len(asked)
+    pairs = zip(texts, asked, strict=True)
+    return sum(text.strip() == str(row.answer_text).strip() for text, row in pairs) / len(asked)
 
 
 @torch.inference_mode()

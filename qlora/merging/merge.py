@@ -34,7 +34,7 @@ from qlora.models.checkpoint import (
     copy_side_files,
     edit_config,
 )
-from qlora.models.provenance import ABSMAX_TOLERANCE, FILE_NAME, Provenance, read_provenance
+from qlora.models.provenance import ABSMAX_TOLERANCE, FILE_NAME, Provenance, dtype_name, read_provenance
 
 MergeBase = Literal["dequantized", "original"]
 
@@ -114,7 +114,7 @@ def merge_adapter(
     _copy_configuration(base_dir, adapter_dir, output_dir, dtype=dtype, untie=plan.untied)
     return MergeReport(
         base=base,
-        dtype=_dtype_name(dtype),
+        dtype=dtype_name(dtype),
         tensors=len(plan.tensors),
         merged_modules=len(adapter.lora),
         replaced_tensors=len(adapter.replacements),
@@ -194,7 +194,7 @@ class _Merger:
             block = block.to(self._dtype)
             if not torch.isfinite(block).all():
                 raise UserError(
-                    f"{module}: merged weights are infinite or not a number in {_dtype_name(self._dtype)}",
+                    f"{module}: merged weights are infinite or not a number in {dtype_name(self._dtype)}",
                     where="merge.dtype",
                     fix="use bfloat16, which has the range of float32; if that fails too, the adapter diverged",
                 )
@@ -247,7 +247,7 @@ def _config_changes(config: dict[str, Any], dtype: torch.dtype, untie: bool) -> 
     changes: dict[str, Any] = {}
     for key, value in config.items():
         if key in ("dtype", "torch_dtype"):
-            changes[key] = _dtype_name(dtype)
+            changes[key] = dtype_name(dtype)
         elif key == "tie_word_embeddings" and untie:
             changes[key] = False
         elif key.endswith("_config") and isinstance(value, dict):
@@ -255,7 +255,3 @@ def _config_changes(config: dict[str, Any], dtype: torch.dtype, untie: bool) -> 
     if untie:
         changes.setdefault("tie_word_embeddings", False)
     return changes
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -24,6 +24,7 @@ import torch
 
 from qlora import __version__
 from qlora.errors import Problem, UserError
+from qlora.models.checkpoint import TensorSpec
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 SUPPORTED_GROUP_SIZES = (-1, 32, 64, 128)
@@ -123,6 +124,17 @@ def pack(
     )
 
 
+def packed_specs(prefix: str, inputs: int, outputs: int, settings: GPTQFormat) -> dict[str, TensorSpec]:
+    """The tensors of one packed layer as they stand in a checkpoint, without data. `prefix` ends with a dot."""
+    groups = 1 if settings.group_size < 0 else math.ceil(inputs / settings.group_size)
+    return {
+        f"{prefix}qweight": TensorSpec(torch.int32, (inputs * settings.bits // WORD_BITS, outputs)),
+        f"{prefix}qzeros": TensorSpec(torch.int32, (groups, outputs * settings.bits // WORD_BITS)),
+        f"{prefix}scales": TensorSpec(torch.float16, (groups, outputs)),
+        f"{prefix}g_idx": TensorSpec(torch.int32, (inputs,)),
+    }
+
+
 def dequantize(tensors: GPTQTensors, bits: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """The weight [N, K] that packed tensors stand for: one fp32 product per element, then rounded to `dtype`."""
     codes_KN = unpack_rows(tensors.qweight, bits).to(torch.float32)
@@ -198,20 +210,12 @@ def check_tensors(name: str, tensors: GPTQTensors, settings: GPTQFormat) -> None
     A symmetric checkpoint has the zero point 2^(bits−1) everywhere; where all are one more, the file holds v2 zeros
     under a v1 name and every engine that uses them makes gibberish of it.
     """
-    inputs = tensors.g_idx.shape[0]
-    groups, outputs = tensors.scales.shape
-    expected = {
-        "qweight": (torch.int32, (inputs * settings.bits // WORD_BITS, outputs)),
-        "qzeros": (torch.int32, (groups, outputs * settings.bits // WORD_BITS)),
-        "scales": (torch.float16, (1 if settings.group_size < 0 else math.ceil(inputs / settings.group_size), outputs)),
-        "g_idx": (torch.int32, (inputs,)),
-    }
     problems = []
-    for kind, wanted in expected.items():
+    for kind, wanted in packed_specs("", tensors.g_idx.shape[0], tensors.scales.shape[1], settings).items():
         tensor = getattr(tensors, kind)
-        found = (tensor.dtype, tuple(tensor.shape))
+        found = TensorSpec(tensor.dtype, tuple(tensor.shape))
         if found != wanted:
-            problems.append(Problem(f"{kind} is {found[0]} {found[1]}, expected {wanted[0]} {wanted[1]}", name))
+            problems.append(Problem(f"{kind} is {found.dtype} {found.shape}, not {wanted.dtype} {wanted.shape}", name))
     if problems:
         raise UserError(problems)
     if settings.sym and not bool((unpack_zeros(tensors.qzeros, settings.bits) == 1 << (settings.bits - 1)).all()):

@@ -150,10 +150,10 @@ def provenance_to_json(provenance: Provenance) -> dict[str, Any]:
     """base.json as a JSON-serialisable dictionary."""
     settings = asdict(provenance.settings)
     for key in ("compute_dtype", "quant_storage"):
-        settings[key] = _dtype_name(settings[key])
+        settings[key] = dtype_name(settings[key])
     return asdict(provenance) | {
         "settings": settings,
-        "load_dtype": _dtype_name(provenance.load_dtype),
+        "load_dtype": dtype_name(provenance.load_dtype),
         "digest": provenance.digest,
     }
 
@@ -169,6 +169,11 @@ def provenance_from_json(data: dict[str, Any]) -> Provenance:
     load_dtype = getattr(torch, data.pop("load_dtype"))
     data.pop("digest")
     return Provenance(**data, settings=QuantizationSettings(**settings), load_dtype=load_dtype, quantized=quantized)
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """`bfloat16` for torch.bfloat16."""
+    return str(dtype).removeprefix("torch.")
 
 
 def codes_fingerprint(shape: tuple[int, ...], sha256: str, absmax: torch.Tensor) -> ModuleCodes:
@@ -247,7 +252,3 @@ def _tied_parameters(base: nn.Module) -> list[list[str]]:
     for name, parameter in _base_items(base.named_parameters(remove_duplicate=False)):
         names.setdefault(id(parameter), []).append(name)
     return [group for group in names.values() if len(group) > 1]
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

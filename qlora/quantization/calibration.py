@@ -1,8 +1,8 @@
 """Calibration rows as batches, and the inputs that a model hands to each of its decoder layers for them.
 
-Rows are padded on the right and no attention mask is made: in a causal model a token sees only what is before it, so that
-padding changes no real token, and the kernels for plain causal attention apply. What the model computes at padding is
-dropped before it reaches a Hessian.
+Rows are padded on the right and no attention mask is made: in a causal model a token sees only what is before it, so
+that padding changes no real token, and the kernels for plain causal attention apply. What the model computes at padding
+is dropped before it reaches a Hessian.
 
 Shapes: B rows, T tokens of the longest row, D width of the hidden states.
 """
@@ -86,7 +86,7 @@ def _pad(rows: Sequence[Sequence[int]], longest: int, device: str) -> Batch:
 
 
 def record_layer_inputs(
-    decoder: nn.Module, layers: Sequence[nn.Module], batches: Sequence[Batch], device: str
+    decoder: nn.Module, layers: nn.ModuleList, batches: Sequence[Batch], device: str
 ) -> list[LayerInputs]:
     """Run the decoder's own forward on each batch with layers that only note how they are called.
 

@@ -1,7 +1,7 @@
 """Which parts of a model are quantized: the one place that knows.
 
-Quantized is every `nn.Linear` inside a decoder layer, except the routers of mixtures of experts, which engines expect in
-16 bits. Embeddings and output head are outside the layers. Experts fused into one 3-D parameter are refused.
+Quantized is every `nn.Linear` inside a decoder layer, except the routers of mixtures of experts, which engines expect
+in 16 bits. Embeddings and output head are outside the layers. Experts fused into one 3-D parameter are refused.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def quantizable_modules(model: PreTrainedModel, modules: Sequence[str] | None = None) -> dict[str, nn.Linear]:
     """Full name → linear layer of everything GPTQ quantizes, in model order.
 
-    `modules` keeps only these, named inside a layer (`self_attn.q_proj`). Raises UserError for fused experts, for a layer
-    without linears to quantize, and for names in `modules` that no layer has.
+    `modules` keeps only these, named inside a layer (`self_attn.q_proj`). Raises UserError for fused experts, for a
+    layer without linears to quantize, and for names in `modules` that no layer has.
     """
     name, layers = decoder_layers(model)
     linears: dict[str, nn.Linear] = {}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +16,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora.errors import UserError
 from qlora.models.checkpoint import CheckpointReader
-
-COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+from qlora.quantization.modules import decoder_layers
 
 
 class Skeleton:
     """A causal language model in eval mode whose parameters have no data until `fill` reads them.
 
-    Buffers that checkpoints do not hold, such as rotary frequencies, are real from the start. Raises UserError when the
-    directory holds a quantized model, or tensors that cannot be matched to the architecture.
+    It computes in the dtype that its config.json names. Buffers that checkpoints do not hold, such as rotary
+    frequencies, are real from the start. Raises UserError when the directory holds a quantized model, and on the first
+    use of a tensor when names cannot be matched to the architecture.
     """
 
     def __init__(self, directory: Path, *, attn_implementation: str, trust_remote_code: bool) -> None:
@@ -29,27 +32,43 @@ class Skeleton:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
             raise UserError("this model is already quantized", str(directory), "name the merged 16-bit directory")
+        self.dtype: torch.dtype = config.dtype or _prevailing_dtype(self.reader)
         with _ParametersWithoutData():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code
+                config,
+                dtype=self.dtype,
+                attn_implementation=attn_implementation,
+                trust_remote_code=trust_remote_code,
             ).eval()
-        self._prefixes = self._match_names(directory)
+        self.layers_name, self.layers = decoder_layers(self.model)
 
     def checkpoint_name(self, name: str) -> str:
         """The tensor in the checkpoint that holds this parameter or buffer of the model's decoder."""
         module_prefix, checkpoint_prefix = self._prefixes
         return checkpoint_prefix + name.removeprefix(module_prefix)
 
-    def fill(self, module: nn.Module, name: str, device: str, dtype: torch.dtype, skip: str | None = None) -> None:
-        """Read the parameters and buffers of `module`, called `name` in the model, onto `device`.
+    def fill_layer(self, index: int, device: str) -> nn.Module:
+        """Read decoder layer number `index` onto `device`, in the compute dtype."""
+        self._fill(self.layers[index], f"{self.layers_name}.{index}", device)
+        return self.layers[index]
 
-        Floating-point tensors are converted to `dtype`. Names inside `module` that start with `skip` stay without data.
-        """
+    @contextmanager
+    def filled_entrance(self, device: str) -> Iterator[nn.Module]:
+        """The decoder with all but its layers read onto `device`: embeddings, positions, norms. Emptied on leaving."""
+        decoder = self.model.get_decoder()
+        name, _, layers = self.layers_name.rpartition(".")
+        self._fill(decoder, name, device, skip=f"{layers}.")
+        yield decoder
+        for child in decoder.children():
+            if child is not self.layers:
+                child.to("meta")
+
+    def _fill(self, module: nn.Module, name: str, device: str, skip: str | None = None) -> None:
         state: dict[str, torch.Tensor] = {}
         for local in module.state_dict():
             if skip is None or not local.startswith(skip):
-                tensor = self.reader.read(self.checkpoint_name(f"{name}.{local}"))
-                state[local] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+                tensor = self.reader.read(self.checkpoint_name(f"{name}.{local}" if name else local))
+                state[local] = tensor.to(device, self.dtype if tensor.is_floating_point() else None)
         module.load_state_dict(state, strict=skip is None, assign=True)
         for owner in module.modules():
             for key, buffer in owner.named_buffers(recurse=False):
@@ -57,7 +76,8 @@ class Skeleton:
                     setattr(owner, key, buffer.to(device))
         module.requires_grad_(False)
 
-    def _match_names(self, directory: Path) -> tuple[str, str]:
+    @cached_property
+    def _prefixes(self) -> tuple[str, str]:
         """(prefix of the decoder in the model, in the checkpoint); transformers renames some on loading."""
         decoder = self.model.get_decoder()
         name = next(name for name, module in self.model.named_modules() if module is decoder)
@@ -80,21 +100,18 @@ class Skeleton:
             f"{len(absent)} tensors of the {type(decoder).__name__} are not in the checkpoint, the first is {absent[0]}"
             if absent
             else f"the tensors of the {type(decoder).__name__} are there {len(fitting)} times, as {sorted(fitting)}",
-            where=str(directory),
+            where=str(self.reader.directory),
             fix="save the model again with save_pretrained of the installed transformers",
         )
 
 
-def checkpoint_dtype(reader: CheckpointReader, names: Iterable[str]) -> torch.dtype:
-    """The one floating-point dtype of these tensors. Raises UserError when they differ or are not 16 or 32 bits."""
-    dtypes = {reader.spec(name).dtype for name in names}
-    if len(dtypes) != 1 or not dtypes <= set(COMPUTE_DTYPES):
-        raise UserError(
-            f"the linear layers are stored as {', '.join(sorted(map(str, dtypes)))}; one of {COMPUTE_DTYPES} is expected",
-            where=str(reader.directory),
-            fix="name a merged 16-bit directory",
-        )
-    return dtypes.pop()
+def _prevailing_dtype(reader: CheckpointReader) -> torch.dtype:
+    """The floating-point dtype with the most bytes in the checkpoint, for a config.json that names none."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name in reader.names():
+        spec = reader.spec(name)
+        sizes[spec.dtype] += spec.nbytes if spec.dtype.is_floating_point else 0
+    return sizes.most_common(1)[0][0]
 
 
 class _ParametersWithoutData(TorchFunctionMode):

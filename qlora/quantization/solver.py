@@ -1,11 +1,12 @@
 """GPTQ: round a weight column by column, each rounding error compensated by the columns still to come.
 
 Minimises tr((W−Q)·H·(W−Q)ᵀ) greedily (Frantar et al. 2023, arXiv:2210.17323, §3.3 and algorithm 1). With H⁻¹ = UᵀU,
-U upper triangular, column i is rounded and the columns j > i move by −(w_i − q_i)·U[i,j]/U[i,i]. Columns are visited in
-descending order of H's diagonal if asked, on grids chosen beforehand from the original weight ("static groups"), so that
-the group of input k is k // group_size whatever the order.
+U upper triangular, column i is rounded and the columns j > i move by −(w_i − q_i)·U[i,j]/U[i,i]. What they cannot make
+up for is Σ (w_i − q_i)²/U[i,i]², so 1/U[i,i]² weighs the columns when scales are searched. Columns are visited in
+descending order of H's diagonal if asked, on grids chosen beforehand from the original weight ("static groups"), so
+that the group of input k is k // group_size whatever the order.
 
-Shapes: K inputs, N outputs, G groups, B columns of a block. Weights are held transposed: a column of W is a row in memory.
+Shapes: K inputs, N outputs, B columns of a block. Weights are held transposed: a column of W is a row in memory.
 """
 
 from __future__ import annotations
@@ -40,9 +41,12 @@ class Solution:
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """U of H⁻¹ = UᵀU for the damped, ordered Hessian, with each row divided by its diagonal element."""
+    """U of H⁻¹ = UᵀU for the damped, ordered Hessian."""
 
     unit_KK: torch.Tensor
+    """U, each row divided by its diagonal element."""
+    cost_K: torch.Tensor
+    """1/U[i,i]²: what a unit error in column i costs once later columns have compensated it."""
     damp: float
     """Damping that the factorisation needed."""
 
@@ -57,19 +61,22 @@ def solve(w_NK: torch.Tensor, hessian_KK: torch.Tensor, settings: GPTQSettings) 
     inputs = w_KN.shape[0]
     size = inputs if settings.group_size < 0 else settings.group_size
     diagonal_K = hessian_KK.diagonal().to(w_KN.dtype)
-    dead_K = diagonal_K == 0
-    # A dead column has no say in the search of scales beyond a vanishing one that keeps all-dead groups on a sane grid.
-    importance_K = diagonal_K + 1e-6 * diagonal_K.mean() + torch.finfo(torch.float32).tiny
-    grid = choose_grid(w_KN, importance_K, bits=settings.bits, group_size=size, sym=settings.sym)
-
     order_K = torch.arange(inputs, device=w_KN.device)
+    group_K = order_K // size
     if settings.act_order:
         order_K = torch.argsort(diagonal_K, descending=True, stable=True)
+
     hessian = hessian_KK.to(w_KN.dtype)[order_K][:, order_K]
-    hessian.diagonal()[dead_K[order_K]] = diagonal_K.mean().clamp(min=torch.finfo(torch.float32).tiny)
+    # An input that calibration never excited says nothing about its weights: they are rounded to nearest, as important
+    # as an average column. Zeroing them, as the reference implementation does, would break inputs that do excite it.
+    dead_K = diagonal_K == 0
+    mean = diagonal_K.mean()
+    hessian.diagonal()[dead_K[order_K]] = torch.where(mean > 0, mean, 1.0)
     factor = factorise_inverse(hessian, settings.damp)
 
-    group_K = torch.arange(inputs, device=w_KN.device) // size
+    cost_K = torch.empty_like(factor.cost_K)
+    cost_K[order_K] = factor.cost_K
+    grid = choose_grid(w_KN, cost_K, bits=settings.bits, group_size=size, sym=settings.sym)
     ordered_codes = quantize_columns(w_KN[order_K], factor.unit_KK, grid, group_K[order_K], settings.block_size)
     codes_KN = torch.empty_like(ordered_codes)
     codes_KN[order_K] = ordered_codes
@@ -77,11 +84,11 @@ def solve(w_NK: torch.Tensor, hessian_KK: torch.Tensor, settings: GPTQSettings) 
 
 
 def factorise_inverse(hessian_KK: torch.Tensor, damp: float) -> InverseFactor:
-    """U of (H + λI)⁻¹ = UᵀU, rows divided by their diagonal, λ a share of H's mean diagonal: `damp` or more.
+    """U of (H + λI)⁻¹ = UᵀU, λ a share of H's mean diagonal: `damp`, or more where that does not suffice.
 
     One Cholesky factorisation and one triangular inverse: reversing rows and columns turns the lower factor of the
-    reversed H into R with H = R·Rᵀ, R upper triangular, and U = R⁻¹. Tried in H's own precision, then in fp64, then with
-    tenfold damping. Raises HessianError if nothing helps.
+    reversed H into R with H = R·Rᵀ, R upper triangular, and U = R⁻¹. Tried in H's own precision, then in fp64, then
+    with tenfold damping. Raises HessianError if nothing helps.
     """
     mean = hessian_KK.diagonal().mean()
     attempts = [(hessian_KK.dtype, damp), (torch.float64, damp)]
@@ -92,11 +99,12 @@ def factorise_inverse(hessian_KK: torch.Tensor, damp: float) -> InverseFactor:
         damped.diagonal().add_(share * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         upper = lower.flip(0, 1)
+        # With D the diagonal of R, the rows of U divided by their diagonal are (R·D⁻¹)⁻¹.
+        pivots = upper.diagonal()
         identity = torch.eye(upper.shape[0], dtype=dtype, device=upper.device)
-        inverse = torch.linalg.solve_triangular(upper, identity, upper=True)
-        inverse /= inverse.diagonal().clone().unsqueeze(1)
-        if bool((failed == 0) & torch.isfinite(inverse).all()):
-            return InverseFactor(inverse.to(hessian_KK.dtype), share)
+        unit = torch.linalg.solve_triangular(upper / pivots, identity, upper=True, unitriangular=True)
+        if bool((failed == 0) & torch.isfinite(unit).all() & torch.isfinite(pivots).all()):
+            return InverseFactor(unit.to(hessian_KK.dtype), pivots.square().to(hessian_KK.dtype), share)
     if not bool(torch.isfinite(hessian_KK).all()):
         raise HessianError("the Hessian is not finite: calibration activations overflow")
     raise HessianError(f"the Hessian is not positive definite, even damped by {LARGEST_DAMP} of its mean diagonal")

@@ -5,7 +5,7 @@ Shapes: B rows, T tokens of the longest row, D width of the hidden states, K inp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from qlora.errors import Problem, UserError
-from qlora.quantization.calibration import Batch, LayerCall
+from qlora.quantization.calibration import Batch, LayerCall, record_layer_inputs
 from qlora.quantization.hessian import HessianAccumulator
+from qlora.quantization.skeleton import Skeleton
 
 # Hidden states of all calibration rows stay on the GPU up to this size, beyond it in host memory.
 HIDDEN_STATES_ON_DEVICE_BYTES = 4 * 2**30
@@ -56,6 +57,13 @@ class CalibrationStates:
             )
 
 
+def enter_model(skeleton: Skeleton, batches: Sequence[Batch], device: str) -> CalibrationStates:
+    """The states before the first decoder layer."""
+    with skeleton.filled_entrance(device) as decoder:
+        inputs = record_layer_inputs(decoder, skeleton.layers, batches, device)
+    return CalibrationStates(batches, [item.calls for item in inputs], [item.hidden_BTD for item in inputs], device)
+
+
 def real_tokens(x: torch.Tensor, batch: Batch) -> torch.Tensor:
     """[tokens, K] of an activation [B, T, K] or [B·T, K]: padding left out."""
     flat = x.reshape(-1, x.shape[-1])
@@ -63,7 +71,7 @@ def real_tokens(x: torch.Tensor, batch: Batch) -> torch.Tensor:
 
 
 def shared_inputs(
-    layer: nn.Module, linears: dict[str, nn.Linear], states: CalibrationStates, index: int
+    linears: Mapping[str, nn.Linear], layer: nn.Module, states: CalibrationStates, index: int
 ) -> list[list[str]]:
     """The linears of a layer in groups with one input each, in the order in which a forward reaches them.
 
@@ -90,10 +98,14 @@ def shared_inputs(
 
 
 def collect_hessians(
-    layer: nn.Module, groups: Sequence[Sequence[str]], states: CalibrationStates, index: int
+    linears: Mapping[str, nn.Linear],
+    groups: Sequence[Sequence[str]],
+    layer: nn.Module,
+    states: CalibrationStates,
+    index: int,
 ) -> list[torch.Tensor]:
     """One Hessian [K, K] per group, over all batches. Each forward stops once the last group's input is known."""
-    first = {group[0]: layer.get_submodule(group[0]) for group in groups}
+    first = {group[0]: linears[group[0]] for group in groups}
     sums = {name: HessianAccumulator(module.in_features, states.device) for name, module in first.items()}
     last = groups[-1][0]
     for number, batch in enumerate(states.batches):
@@ -118,7 +130,7 @@ class _AllSeen(Exception):
 
 
 @contextmanager
-def _inputs_of(modules: dict[str, nn.Module], note: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
+def _inputs_of(modules: Mapping[str, nn.Module], note: Callable[[str, torch.Tensor], None]) -> Iterator[None]:
     """Call `note(name, input)` whenever one of the modules is about to run."""
     handles = [
         module.register_forward_pre_hook(lambda _, args, name=name: note(name, args[0]))

@@ -6,6 +6,7 @@ Without an API key wandb writes an offline run in silence; `wandb sync` uploads 
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ def _start_wandb(recipe: Recipe, directory: Path) -> Any:
 
     directory.mkdir(parents=True, exist_ok=True)
     id_file = directory / "wandb.json"
-    run_id = read_json(id_file)["id"] if id_file.is_file() else wandb.util.generate_id()
+    run_id = read_json(id_file)["id"] if id_file.is_file() else uuid.uuid4().hex[:8]
     write_json(id_file, {"id": run_id, "project": recipe.track.project})
     logged_in = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
     run = wandb.init(
@@ -64,7 +65,7 @@ def _start_wandb(recipe: Recipe, directory: Path) -> Any:
         dir=str(directory),
         config=recipe.model_dump(mode="json"),
         resume="allow" if logged_in else None,
-        mode=os.environ.get("WANDB_MODE") or ("online" if logged_in else "offline"),
+        mode=None if "WANDB_MODE" in os.environ else "online" if logged_in else "offline",
         settings=wandb.Settings(silent=True, console="off"),
     )
     run.define_metric("train/step")

@@ -86,18 +86,21 @@ def train_adapter(
     set_seed(recipe.seed)
     last = _checkpoint_to_resume(checkpoints, fingerprint, keep=output is not None)
     trainer = build_trainer(recipe, base, tokenizer, rows, eval_rows, device=device, checkpoints=checkpoints)
+    if output is not None:
+        _write_provenance(trainer, recipe, base, output)
     report = Report(reporter, device, resumed_from=last.name if last else None)
     trainer.add_callback(report)
     trainer.add_callback(MarkComplete())
     result = trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if not all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad):
+    if not all(torch.isfinite(parameter).all() for parameter in trainable(trainer)):
         raise UserError(
             "training diverged: the adapter holds NaN or infinite numbers", "train.learning_rate", "lower it"
         )
     if output is not None:
-        _write_adapter(trainer, tokenizer, recipe, base, output)
+        _write_adapter(trainer, tokenizer, base, output)
     trainer.accelerator.wait_for_everyone()
-    return report.metrics() | {"steps": result.global_step, "mean_loss": result.training_loss}
+    totals = {"steps": result.global_step, "mean_loss": result.training_loss, "processes": trainer.args.world_size}
+    return report.metrics() | totals
 
 
 def build_trainer(
@@ -123,10 +126,15 @@ def build_trainer(
     )
     trainer.remove_callback(PrinterCallback)
     # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
+    for parameter in trainable(trainer):
+        parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
     return trainer
+
+
+def trainable(trainer: SFTTrainer) -> list[torch.nn.Parameter]:
+    """The parameters that the optimizer changes."""
+    assert trainer.model is not None
+    return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
 def sft_config(recipe: Recipe, row_tokens: Sequence[int], device: str, checkpoints: Path, has_eval: bool) -> SFTConfig:
@@ -181,14 +189,18 @@ def _dataset(rows: Sequence[RenderedRow]) -> Dataset:
     return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
 
 
-def _write_adapter(trainer: SFTTrainer, tokenizer: Any, recipe: Recipe, base: Base, output: Path) -> None:
+def _write_adapter(trainer: SFTTrainer, tokenizer: Any, base: Base, output: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.peft_config["default"].base_model_name_or_path = base.id
     model.save_pretrained(output, save_embedding_layers=False)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     tokenizer.save_pretrained(output)
+
+
+def _write_provenance(trainer: SFTTrainer, recipe: Recipe, base: Base, output: Path) -> None:
+    """Before the first step, so that a device that computes 4-bit layers wrongly is refused before it costs time."""
     write_provenance(
-        model,
+        trainer.accelerator.unwrap_model(trainer.model),
         output / "base.json",
         base_id=base.id,
         revision=base.revision,

@@ -70,7 +70,7 @@ def main() -> None:
     ]
     settings = Settings(16, False, 0, run.tokenizer.pad_token_id)
     rows = run.eval_rows.rows
-    scores = climb(rungs, rows, run.tokenizer, settings, arguments.out, lambda done, total, text: print(text, flush=True))
+    scores = climb(rungs, rows, run.tokenizer, settings, arguments.out, lambda done, total, text: print(text))
     release_memory()
 
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()

@@ -102,8 +102,8 @@ def restore_tied_embeddings(model: "PreTrainedModel", checkpoint: Path) -> None:
     AutoGPTQ loads through accelerate, which then ties the embeddings it has just read to the head, and a head that is
     not in the file was never initialised: every tied model whose head is not written twice comes out with zeros.
     """
-    embeddings = model.get_input_embeddings().weight
-    name = next(name for name, parameter in model.named_parameters() if parameter is embeddings)
+    tied = model.get_input_embeddings().weight
+    name, embeddings = next((name, weight) for name, weight in model.named_parameters() if weight is tied)
     for path in checkpoint.glob("*.safetensors"):
         with safe_open(path, framework="pt") as shard:
             if name in shard.keys():  # noqa: SIM118 (a shard is not iterable)

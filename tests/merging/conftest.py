@@ -64,7 +64,7 @@ def save_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     return lambda config, dtype=torch.bfloat16: cached(json.dumps(config.to_dict(), sort_keys=True), dtype)
 
 
-def load_base(directory: Path, quant_type: str, compute_dtype: torch.dtype) -> torch.nn.Module:
+def load_base(directory: Path, quant_type: str, compute_dtype: torch.dtype, device: str) -> torch.nn.Module:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quant_type,
@@ -72,7 +72,7 @@ def load_base(directory: Path, quant_type: str, compute_dtype: torch.dtype) -> t
         bnb_4bit_compute_dtype=compute_dtype,
     )
     options = {} if quant_type == "none" else {"quantization_config": quantization}
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=compute_dtype, device_map={"": "cpu"}, **options)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=compute_dtype, device_map={"": device}, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Otherwise the first forward in eval mode repacks the weights.
@@ -91,10 +91,11 @@ def train(tmp_path: Path, save_base: Callable[..., Path]) -> Callable[..., Train
         quant_type: str = "nf4",
         compute_dtype: torch.dtype = torch.float32,
         base_dtype: torch.dtype = torch.bfloat16,
+        device: str = "cpu",
         **lora: Any,
     ) -> Trained:
         base = save_base(config or tiny_config(tie_word_embeddings=tied), base_dtype)
-        model = load_base(base, quant_type, compute_dtype)
+        model = load_base(base, quant_type, compute_dtype, device)
         options = {"r": 4, "lora_alpha": 12, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
         peft_model = get_peft_model(model, LoraConfig(**options))
         torch.manual_seed(1)

@@ -16,7 +16,7 @@ from qlora.models.checkpoint import CheckpointWriter, TensorSpec
 from qlora.models.provenance import Provenance, QuantizationSettings, provenance_to_json
 
 SHAPE = (2048, 6144)
-QUANTIZED, PLAIN = 3, 77
+QUANTIZED, PLAIN = 1, 47
 
 MERGE = """
 import sys, torch
@@ -78,8 +78,8 @@ def test_peak_memory_is_bounded_whatever_the_model(tmp_path: Path) -> None:
     command = [sys.executable, "-c", MERGE, str(base), str(adapter), str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     written, peak = map(int, result.stdout.split())
-    assert written > 2 * 10**9
+    assert written > 1.2 * 10**9
     # Interpreter, torch and bitsandbytes take about 0.4 GB of it.
-    assert peak < 1.0 * 10**9 + 2 * SHAPE[0] * SHAPE[1]
+    assert peak < 0.9 * 10**9
     for path in (*base.glob("*.safetensors"), *output.glob("*.safetensors")):
         path.unlink()

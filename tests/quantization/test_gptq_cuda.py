@@ -1,0 +1,52 @@
+"""The same checkpoint from a GPU: mixed-precision Hessians, determinism, agreement with the CPU."""
+
+import pytest
+import torch
+
+from qlora.models.checkpoint import CheckpointReader
+from qlora.models.gptq_format import TENSOR_NAMES, GPTQTensors, dequantize
+from qlora.quantization import GPTQSettings, quantize_checkpoint
+from qlora.quantization.hessian import HessianAccumulator
+from qlora.quantization.solver import solve
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_hessians_accumulate_in_fp32(dtype):
+    x_TK = torch.randn(3000, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
+    accumulator = HessianAccumulator(200, "cuda")
+    for batch in x_TK.split(1024):
+        accumulator.add(batch.cuda())
+    expected = (x_TK.double().T @ x_TK.double() / 3000).float()
+    torch.testing.assert_close(accumulator.mean().cpu(), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_codes_are_those_of_the_cpu(bits, sym):
+    generator = torch.Generator().manual_seed(0)
+    x_TK = torch.randn(500, 128, generator=generator).double() @ torch.randn(128, 128, generator=generator).double()
+    w_NK = torch.randn(64, 128, generator=generator, dtype=torch.float64)
+    hessian = x_TK.T @ x_TK / 500
+    settings = GPTQSettings(bits=bits, group_size=64, sym=sym, block_size=50)
+    on_cpu, on_gpu = solve(w_NK, hessian, settings), solve(w_NK.cuda(), hessian.cuda(), settings)
+    assert torch.equal(on_cpu.grid.scales_GN, on_gpu.grid.scales_GN.cpu())
+    assert (on_cpu.codes_KN == on_gpu.codes_KN.cpu()).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_checkpoints_repeat_and_agree_with_the_cpu(save_model, tmp_path, rows, kind):
+    source = save_model(kind)
+    settings = GPTQSettings(group_size=32)
+    for name, device in (("cpu", "cpu"), ("gpu", "cuda"), ("again", "cuda")):
+        (tmp_path / name).mkdir()
+        quantize_checkpoint(source, tmp_path / name, rows, settings, device=device)
+    file = "model.safetensors"
+    assert (tmp_path / "gpu" / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
+    first = "model.layers.0.self_attn.q_proj"
+    weights = []
+    for name in ("cpu", "gpu"):
+        reader = CheckpointReader(tmp_path / name)
+        weights.append(dequantize(GPTQTensors(*(reader.read(f"{first}.{kind}") for kind in TENSOR_NAMES)), 4))
+    assert (weights[0] == weights[1]).double().mean() > 0.99

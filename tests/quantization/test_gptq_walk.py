@@ -1,0 +1,139 @@
+"""The walk from layer to layer against the model's own forward: hidden states, groups, Hessians, padding."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from qlora.errors import UserError
+from qlora.quantization.calibration import make_batches
+from qlora.quantization.modules import layer_linears
+from qlora.quantization.skeleton import Skeleton
+from qlora.quantization.walk import collect_hessians, enter_model, real_tokens, shared_inputs
+
+KINDS = ["llama", "qwen2", "qwen3", "gemma3"]
+
+
+def open_walk(directory, rows, attn_implementation="sdpa"):
+    """(skeleton, states before the first layer) on the CPU; batches of up to 200 tokens."""
+    skeleton = Skeleton(directory, attn_implementation=attn_implementation, trust_remote_code=False)
+    batches = make_batches(rows, 200, 160, "cpu")
+    assert any(batch.real is not None for batch in batches) and len(batches) > 1
+    return skeleton, enter_model(skeleton, batches, "cpu")
+
+
+def load(directory):
+    return AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("attn_implementation", ["sdpa", "eager"])
+def test_hidden_states_are_those_of_the_model_run_row_by_row(save_model, rows, kind, attn_implementation):
+    directory = save_model(kind)
+    skeleton, states = open_walk(directory, rows, attn_implementation)
+    model = load(directory)
+    ordered = sorted(rows, key=len, reverse=True)
+    expected = [model(torch.tensor([row]), output_hidden_states=True).hidden_states for row in ordered]
+    layers = len(skeleton.layers)
+    for index in range(layers + 1):
+        found = torch.cat([real_tokens(h, b) for h, b in zip(states.hidden_BTD, states.batches, strict=True)])
+        if index == layers:
+            found = model.get_decoder().norm(found)
+        torch.testing.assert_close(found, torch.cat([row[index][0] for row in expected]), atol=2e-4, rtol=2e-4)
+        if index < layers:
+            states.advance(skeleton.fill_layer(index, "cpu"), index)
+
+
+@torch.no_grad()
+def test_linears_are_grouped_by_input_in_the_order_of_the_forward(save_model, rows):
+    skeleton, states = open_walk(save_model("gemma3"), rows)
+    layer = skeleton.fill_layer(0, "cpu")
+    assert shared_inputs(layer_linears(layer), layer, states, 0) == [
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+        ["self_attn.o_proj"],
+        ["mlp.gate_proj", "mlp.up_proj"],
+        ["mlp.down_proj"],
+    ]
+
+
+@torch.no_grad()
+def test_a_linear_that_never_runs_is_an_error(save_model, rows):
+    skeleton, states = open_walk(save_model("llama"), rows)
+    layer = skeleton.fill_layer(0, "cpu")
+    with pytest.raises(UserError, match="runs 0 times"):
+        shared_inputs({**layer_linears(layer), "idle": nn.Linear(64, 64)}, layer, states, 0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_padding_stays_out_of_hessians(save_model, rows, kind):
+    directory = save_model(kind)
+    skeleton, states = open_walk(directory, rows)
+    layer = skeleton.fill_layer(0, "cpu")
+    linears = layer_linears(layer)
+    groups = shared_inputs(linears, layer, states, 0)
+    hessians = collect_hessians(linears, groups, layer, states, 0)
+
+    model = load(directory)
+    inputs: dict[str, list[torch.Tensor]] = {group[0]: [] for group in groups}
+    for name, seen in inputs.items():
+        module = model.get_submodule(f"{skeleton.layers_name}.0.{name}")
+        module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0].double()))
+    for row in rows:
+        model(torch.tensor([row]))
+    tokens = sum(map(len, rows))
+    for name, hessian in zip(inputs, hessians, strict=True):
+        x_TK = torch.cat(inputs[name])
+        assert len(x_TK) == tokens
+        torch.testing.assert_close(hessian, (x_TK.T @ x_TK / tokens).float(), atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_overflow_is_an_error_that_names_the_layer(save_model, rows):
+    def explode(model):
+        model.model.layers[1].mlp.down_proj.weight.data.mul_(1e6)
+
+    skeleton, states = open_walk(save_model("llama", torch.float16, explode), rows)
+    states.advance(skeleton.fill_layer(0, "cpu"), 0)
+    with pytest.raises(UserError, match="layer 1 is not finite"):
+        states.advance(skeleton.fill_layer(1, "cpu"), 1)
+
+
+def test_weights_have_no_data_until_they_are_read(save_model, rows):
+    skeleton, _ = open_walk(save_model("llama"), rows)
+    matrices = [parameter for parameter in skeleton.model.parameters() if parameter.ndim == 2]
+    assert matrices and all(parameter.is_meta for parameter in matrices)
+
+
+def test_models_that_work_between_layers_are_refused(save_model, rows):
+    skeleton = Skeleton(save_model("llama"), attn_implementation="sdpa", trust_remote_code=False)
+    # A model may do anything around its layers; a hook stands for code that scales what passes between two of them.
+    skeleton.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
+    with pytest.raises(UserError, match="between its layers"):
+        enter_model(skeleton, make_batches(rows, 200, 160, "cpu"), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "no rows"), ([[1], []], "calibration row 1: no tokens"), ([[1, 160]], "outside the vocabulary of 160")],
+)
+def test_rows_that_cannot_calibrate_are_refused(rows, message):
+    with pytest.raises(UserError, match=message):
+        make_batches(rows, 100, 160, "cpu")
+
+
+def test_batches_hold_every_row_once_and_little_padding(rows):
+    batches = make_batches(rows, 100, 160, "cpu")
+    assert sum(batch.tokens for batch in batches) == sum(map(len, rows))
+    found = []
+    for batch in batches:
+        flat = batch.input_ids_BT.reshape(-1)
+        found += flat.tolist() if batch.real is None else flat[batch.real].tolist()
+    assert found == [token for row in sorted(rows, key=len, reverse=True) for token in row]
+    assert all(batch.input_ids_BT.numel() <= 100 for batch in batches)
+
+
+def test_a_row_longer_than_a_batch_makes_one_alone():
+    batches = make_batches([[1] * 30, [2] * 5, [3] * 5], 10, 160, "cpu")
+    assert [tuple(batch.input_ids_BT.shape) for batch in batches] == [(1, 30), (2, 5)]

@@ -1,0 +1,210 @@
+"""Whole runs on a tiny model: skipping, resuming after kill -9, gates, and what a user sees when something is wrong."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from qlora.artifacts import read_json
+from qlora.errors import GateFailed, UserError
+from qlora.pipeline import Pipeline
+from qlora.recipe_file import load_recipe
+
+STAGES = ("train", "merge", "quantize", "evaluate")
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(path: Path, *overrides: str) -> Path:
+    recipe = load_recipe(path, overrides)
+    Pipeline(recipe).run()
+    return recipe.run_dir
+
+
+def command(*arguments: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "qlora", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        **options,
+    )
+
+
+def weights(run_dir: Path) -> dict[str, str]:
+    """Digests of everything that must not depend on interruptions."""
+    files = [*run_dir.glob("adapter/*.safetensors"), *run_dir.glob("merged/*"), *run_dir.glob("gptq/*")]
+    return {str(f.relative_to(run_dir)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def started(run_dir: Path) -> dict[str, str]:
+    return {name: entry["started"] for name, entry in read_json(run_dir / "lineage.json")["stages"].items()}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model, facts_file, eval_file):
+    """An uninterrupted run in a process of its own, and its recipe."""
+    import yaml
+
+    folder = tmp_path_factory.mktemp("finished")
+    recipe = {
+        "name": "whole",
+        "output_dir": str(folder / "runs"),
+        "device": "cpu",
+        "model": {"base": str(tiny_model)},
+        "data": {"train": [{"path": str(facts_file)}], "eval": {"path": str(eval_file)}, "max_length": 96},
+        "train": {"max_steps": 12, "epochs": 100, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.005},
+        "quantize": {"group_size": 32, "calibration": {"samples": 8}},
+        "evaluate": {"gates": {"merge_kl": None}},
+    }
+    recipe["train"] |= {"checkpoint_every": 3, "gradient_checkpointing": False}
+    path = folder / "whole.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    result = command("run", path)
+    assert result.returncode == 0, result.stderr
+    return path, folder / "runs" / "whole", result.stdout
+
+
+def test_a_run_leaves_the_directory_of_the_contract(finished):
+    _, run_dir, output = finished
+    expected = {"recipe.yaml", "lineage.json", "adapter", "checkpoints", "merged", "gptq", "evaluation", "logs"}
+    assert {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} == expected
+    assert {"base.json", "adapter_model.safetensors", "tokenizer.json"} <= {
+        p.name for p in (run_dir / "adapter").iterdir()
+    }
+    for stage in STAGES:
+        entry = read_json(run_dir / "lineage.json")["stages"][stage]
+        assert entry["status"] == "complete" and entry["outputs"] and entry["versions"]["torch"]
+    ladder = read_json(run_dir / "evaluation" / "ladder.json")
+    assert [rung["name"] for rung in ladder["rungs"]] == ["base", "nf4", "trained", "merged", "gptq"]
+    assert "The ladder: 3 held-out rows" in output
+
+
+def test_no_artefact_names_this_machine(finished, tiny_model):
+    _, run_dir, _ = finished
+    for path in [*run_dir.glob("merged/*.json"), *run_dir.glob("gptq/*.json"), *run_dir.glob("adapter/*.json")]:
+        assert str(tiny_model.parent) not in path.read_text(), path
+
+
+def test_a_second_run_does_nothing_and_a_change_runs_what_depends_on_it(finished, capsys):
+    path, run_dir, _ = finished
+    before = started(run_dir), weights(run_dir)
+    run(path)
+    assert (started(run_dir), weights(run_dir)) == before
+    time.sleep(1.1)  # start times have a resolution of a second
+    capsys.readouterr()
+    run(path, "quantize.bits=8")
+    after = started(run_dir)
+    assert [stage for stage in STAGES if after[stage] != before[0][stage]] == ["quantize", "evaluate"]
+    assert "quantize.bits changed" in capsys.readouterr().out
+    run(path)  # and back, for the tests after this one
+    assert weights(run_dir) == before[1]
+
+
+def test_moving_the_base_does_not_train_again(finished, tiny_model, tmp_path):
+    path, run_dir, _ = finished
+    before = started(run_dir)
+    (tmp_path / tiny_model.name).symlink_to(tiny_model)
+    run(path, f"model.base={tmp_path / tiny_model.name}")
+    assert started(run_dir) == before
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_kill_9_in_a_stage_then_run_again_ends_with_the_same_bytes(finished, stage, tmp_path):
+    path, whole, _ = finished
+    run_dir = tmp_path / "whole"
+    output = {"train": "adapter", "merge": "merged", "quantize": "gptq", "evaluate": "evaluation"}[stage]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora", "run", str(path), f"output_dir={tmp_path}"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    # In training, after a checkpoint; in the others, as soon as the stage has its folder.
+    inside = run_dir / "checkpoints/checkpoint-6/complete" if stage == "train" else run_dir / f"{output}.partial"
+    while not inside.exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (run_dir / output).exists()
+
+    run(path, f"output_dir={tmp_path}")
+    assert weights(run_dir) == weights(whole)
+    assert not list(run_dir.glob("*.partial"))
+    if stage == "train":
+        assert read_json(run_dir / "lineage.json")["stages"]["train"]["metrics"]["resumed_from"] is not None
+
+
+def test_ctrl_c_ends_with_130_within_seconds_and_the_run_continues(finished, tmp_path):
+    path, whole, _ = finished
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora", "run", str(path), f"output_dir={tmp_path}"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not (tmp_path / "whole/checkpoints/checkpoint-3/complete").exists():
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert "the same command continues" in errors and "Traceback" not in errors
+    assert not (tmp_path / "whole/adapter.partial").exists()
+    run(path, f"output_dir={tmp_path}")
+    assert weights(tmp_path / "whole") == weights(whole)
+
+
+def test_a_stage_without_the_one_before_it_names_the_command(tiny_recipe):
+    path = tiny_recipe()
+    with pytest.raises(UserError) as caught:
+        Pipeline(load_recipe(path)).run_stage("merge")
+    assert "qlora train" in caught.value.problems[0].fix
+    with pytest.raises(UserError) as caught:
+        Pipeline(load_recipe(path)).run_stage("evaluate")
+    assert [p.what.split(" of ")[1].split(",")[0] for p in caught.value.problems] == ["train", "merge", "quantize"]
+
+
+def test_a_missed_gate_ends_with_3_and_keeps_the_artefacts(finished, capsys):
+    path, run_dir, _ = finished
+    for _ in range(2):  # also when nothing is left to do
+        with pytest.raises(GateFailed) as caught:
+            run(path, "evaluate.gates={top1: 0.999999, kl: 1.0e-9}")
+        assert {p.where for p in caught.value.problems} == {"evaluate.gates.kl", "evaluate.gates.top1"}
+    assert caught.value.exit_code == 3
+    assert (run_dir / "gptq" / "model.safetensors").is_file()
+    assert "The ladder" in capsys.readouterr().out
+
+
+def test_without_eval_rows_the_run_says_that_nothing_was_measured(tiny_recipe, capsys):
+    run_dir = run(tiny_recipe(), "data.eval=null")
+    assert (run_dir / "gptq/model.safetensors").is_file() and not (run_dir / "evaluation").exists()
+    assert "nothing was measured" in capsys.readouterr().out
+
+
+def test_recipe_in_the_run_directory_runs_as_it_is(finished):
+    path, run_dir, _ = finished
+    run(path)
+    before = started(run_dir)
+    run(run_dir / "recipe.yaml")
+    assert started(run_dir) == before
+
+
+def test_unknown_architecture_is_an_unexpected_failure_with_a_log(tiny_recipe, tiny_model, tmp_path):
+    broken = tmp_path / "broken-model"
+    broken.mkdir()
+    for file in tiny_model.iterdir():
+        (broken / file.name).symlink_to(file)
+    (broken / "config.json").unlink()
+    config = json.loads((tiny_model / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "two"}))
+    result = command("train", tiny_recipe(model={"base": str(broken)}))
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr and "the log is" in result.stderr

@@ -1,0 +1,180 @@
+"""Training: gradients survive evaluations, labels are what was rendered, packing changes nothing, processes agree."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora.artifacts import read_json
+from qlora.errors import UserError
+from qlora.evaluation.generation import generate
+from qlora.models.loading import load_base
+from qlora.recipe_file import load_recipe
+from qlora.stages import Run
+from qlora.training.sft import build_trainer, plan_steps
+
+
+@pytest.fixture
+def trainer_of(tiny_recipe, tmp_path):
+    """`trainer_of(*overrides)`: the trainer that a recipe builds, and its run."""
+
+    def build(*overrides: str):
+        run = Run(load_recipe(tiny_recipe(), overrides))
+        trainer = build_trainer(
+            run.recipe,
+            run.base,
+            run.tokenizer,
+            run.train_rows.rows,
+            run.eval_rows.rows,
+            device="cpu",
+            checkpoints=tmp_path / "checkpoints",
+        )
+        return trainer, run
+
+    return build
+
+
+def gradients(trainer) -> dict[str, torch.Tensor]:
+    """Gradients of one fixed batch, in training mode."""
+    trainer.model.train()
+    trainer.model.zero_grad()
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as the trainer runs it
+        trainer.compute_loss(trainer.model, batch).backward()
+    return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def randomize_adapter(model) -> None:
+    """B starts at zero; random values make every gradient count."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.normal_(std=0.05)
+
+
+def test_evaluation_leaves_the_gradients_what_they_were(trainer_of):
+    """bitsandbytes repacks 4-bit weights on the first CPU inference and then trains wrongly (disable_cpu_repacking)."""
+    trainer, run = trainer_of("train.evaluate_every=1")
+    randomize_adapter(trainer.model)
+    before = gradients(trainer)
+    assert all(gradient.abs().max() > 0 for gradient in before.values())
+    trainer.evaluate()
+    trainer.model.eval()
+    generate(trainer.model, run.eval_rows.rows, run.tokenizer, batch_size=2, max_new_tokens=4)
+    after = gradients(trainer)
+    for name, gradient in before.items():
+        torch.testing.assert_close(after[name], gradient, rtol=0, atol=0)
+
+
+def test_only_the_adapter_trains_and_nothing_is_upcast(trainer_of):
+    trainer, _ = trainer_of()
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.requires_grad == ("lora_" in name)
+        if "lora_" in name:
+            assert parameter.dtype == torch.float32
+        else:
+            assert parameter.dtype in (torch.bfloat16, torch.uint8), name
+    assert trainer.model.config.use_cache is False
+    assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+
+
+def test_the_batch_holds_the_rendered_labels_and_teaches_the_end_of_turn(trainer_of):
+    trainer, run = trainer_of()
+    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+    rendered = {tuple(row.input_ids): row.labels for row in run.train_rows.rows}
+    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+        length = int(mask.sum())
+        assert rendered[tuple(ids[:length].tolist())] == labels[:length].tolist()
+        assert labels[length - 1] == run.tokenizer.eos_token_id  # although it is the pad token too
+        assert (labels[length:] == -100).all()
+
+
+def test_packed_rows_do_not_see_each_other(trainer_of):
+    """Loss and gradients of packed rows equal those of padded ones: fp32, so that only leaks could differ."""
+    fp32 = ("model.compute_dtype=float32", "train.micro_batch_size=8", "train.batch_size=8")
+    results = []
+    for packing in ("false", "true"):
+        trainer, _ = trainer_of(*fp32, f"data.packing={packing}")
+        randomize_adapter(trainer.model)
+        trainer.model.train()
+        losses, tokens = 0.0, 0
+        for batch in trainer.get_train_dataloader():
+            supervised = int((batch["labels"][:, 1:] != -100).sum())
+            loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
+            loss.backward()
+            losses, tokens = losses + loss.item(), tokens + supervised
+        grads = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
+        results.append((losses, tokens, grads, len(trainer.train_dataset)))
+    (loss, tokens, grads, rows), (packed_loss, packed_tokens, packed_grads, sequences) = results
+    assert sequences < rows == 8
+    assert packed_tokens == tokens
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    for name, gradient in grads.items():
+        torch.testing.assert_close(packed_grads[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+
+
+def test_steps_follow_from_the_recipe(tiny_recipe):
+    def steps(*overrides: str, processes: int = 1):
+        return plan_steps(load_recipe(tiny_recipe(), overrides), [10, 20, 30], processes)
+
+    assert steps("train.batch_size=8", "train.micro_batch_size=2").accumulation == 4
+    assert steps("train.batch_size=8", "train.micro_batch_size=2", processes=2).accumulation == 2
+    assert steps("train.batch_size=null", "train.tokens_per_step=400").batch_size == 20
+    with pytest.raises(UserError, match="not a multiple"):
+        steps("train.batch_size=10", "train.micro_batch_size=4")
+
+
+def test_unknown_train_args_are_refused(trainer_of):
+    with pytest.raises(UserError, match="no field neftune_nose"):
+        trainer_of("train.args={neftune_nose: 5}")
+
+
+def test_target_modules_that_match_nothing_are_refused(trainer_of):
+    with pytest.raises(UserError, match="(?i)target modules"):
+        trainer_of("lora.target_modules=[nothing]")
+
+
+def test_quantized_base_is_as_bitsandbytes_makes_it(tiny_recipe):
+    from bitsandbytes.nn import Linear4bit
+
+    run = Run(load_recipe(tiny_recipe()))
+    model = load_base(run.base.directory, run.recipe.model, "cpu", quantized=True)
+    layers = [module for module in model.modules() if isinstance(module, Linear4bit)]
+    assert len(layers) == 14
+    assert all(layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested for layer in layers)
+    assert all(layer.compute_dtype == torch.bfloat16 for layer in layers)
+
+
+@pytest.mark.parametrize("launch", ["accelerate", "recipe"])
+def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, launch):
+    """Same rows per step on 1 and 2 processes, in fp32: the adapters agree. Only one process writes."""
+    sections = {
+        "model": {"compute_dtype": "float32"},
+        "train": {"max_steps": 3, "micro_batch_size": 2, "learning_rate": 1e-3},
+    }
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    script = Path(__file__).parents[2] / "scripts" / "train.py"
+    path = tiny_recipe(**sections)
+    adapters = []
+    for processes in (1, 2):
+        options = [str(path), f"output_dir={tmp_path / str(processes)}"]
+        if launch == "accelerate":
+            flags = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
+            flags += ["--dynamo_backend", "no", "--main_process_port", "0", *(["--multi_gpu"] if processes > 1 else [])]
+            command = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script), *options]
+        else:
+            command = [sys.executable, "-m", "qlora", "run", *options, f"train.processes={processes}"]
+        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+        assert result.returncode == 0, result.stdout + result.stderr
+        run_dir = tmp_path / str(processes) / "tiny"
+        adapters.append(load_file(run_dir / "adapter" / "adapter_model.safetensors"))
+        assert result.stdout.count("train      …") == 1
+        lineage = read_json(run_dir / "lineage.json")["stages"]
+        assert lineage["train"]["metrics"]["processes"] == processes
+        assert lineage["train"]["metrics"]["steps"] == 3
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(adapters[1][name], tensor, rtol=2e-3, atol=2e-4)
