@@ -136,6 +136,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _as_interrupt)
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries log goes to the run's log file only
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a log that cannot be written must not hide the error that is shown
     sys.exit(_exit_code(lambda: qlora.main(standalone_mode=False)))
 
 
@@ -160,10 +161,8 @@ def _exit_code(command: Callable[[], Any]) -> int:
     except (KeyboardInterrupt, click.exceptions.Abort):
         _say("interrupted; finished stages are kept: the same command continues")
         return 130
-    except OSError as error:
-        return _os_error(error)
-    except Exception:
-        return _unexpected()
+    except Exception as error:
+        return _no_space(error) if _is_disk_full(error) else _unexpected()
 
 
 def _unexpected() -> int:
@@ -177,13 +176,25 @@ def _unexpected() -> int:
     return 1
 
 
-def _os_error(error: OSError) -> int:
+def _is_disk_full(error: BaseException | None) -> bool:
+    """Whether the disk is full, also where a library wrapped the system's error in one of its own."""
     import errno
+    import shutil
 
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return _unexpected()
+    from qlora.reporting import console
+
+    if console.last_log is not None and shutil.disk_usage(console.last_log.parent).free < 1 << 20:
+        return True
+    while error is not None:
+        if getattr(error, "errno", None) == errno.ENOSPC or "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _no_space(error: Exception) -> int:
     _say(
-        f"no space left on the disk: {error.filename or error}\n"
+        f"no space left on the disk ({str(error).splitlines()[0] if str(error) else type(error).__name__})\n"
         "    → free some space, or set output_dir to a larger disk; finished stages are kept and will be skipped"
     )
     return 4

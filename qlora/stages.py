@@ -179,9 +179,13 @@ def _rungs(run: Run) -> list[Any]:
     rungs = [
         Rung(BASE, "base, 16 bits", lambda: load(quantized=False).eval()),
         Rung("nf4", f"base, {kind}", lambda: load(quantized=True).eval()),
-        Rung(TRAINED, f"trained ({kind} + LoRA)", lambda: load_trained(load(quantized=True), run.dirs.adapter)),
-        Rung("merged", f"merged ({run.recipe.merge.base} base)", merged),
-        Rung("gptq", f"GPTQ, {run.recipe.quantize.bits} bits", partial(load_gptq, run.dirs.gptq, dtype, device)),
+        Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(quantized=True), run.dirs.adapter)),
+        Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),
+        Rung(
+            "gptq",
+            f"GPTQ, {run.recipe.quantize.bits} bits, group {run.recipe.quantize.group_size}",
+            partial(load_gptq, run.dirs.gptq, dtype, device),
+        ),
     ]
     return [rung for rung in rungs if quantized or rung.name != "nf4"]
 

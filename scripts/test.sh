@@ -10,4 +10,6 @@ bash scripts/fetch_model.sh
 ruff check .
 ruff format --check --quiet .
 mypy
-exec python -m pytest "$@"
+# Two workers of one thread each: tiny models gain nothing from more threads.
+export OMP_NUM_THREADS=1
+exec python -m pytest --numprocesses 2 --dist loadfile "$@"

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora.artifacts import atomic_directory, file_digest, quick_digest
 from qlora.errors import UserError, missing_extra
 from qlora.paths import cache_dir
+from qlora.reporting.console import console
 
 # What a checkpoint may bring besides weights; other formats of the same weights are not downloaded.
 HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py", "LICENSE*", "merges*", "vocab*"]
@@ -78,22 +82,20 @@ def _convert_gguf(path: Path, directory: Path) -> None:
         import gguf  # noqa: F401
     except ImportError:
         raise missing_extra("gguf", "gguf", "reading a .gguf base") from None
-    # From 5.2x on transformers keeps GGUF blocks packed unless told otherwise.
-    packed = {"quantization_config": transformers.GgufConfig(dequantize=True)} if _has_gguf_config() else {}
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.bfloat16, **packed
-    )
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    with atomic_directory(directory) as partial:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        _spell_for_older_engines(partial)
-
-
-def _has_gguf_config() -> bool:
-    import transformers
-
-    return hasattr(transformers, "GgufConfig")
+    # Newer transformers keep GGUF blocks packed unless told otherwise.
+    packed: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        packed["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    console().print(f"  converting {path.name} to safetensors, once: {directory}")
+    with contextlib.redirect_stderr(io.StringIO()):  # the readers' own progress bars
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.bfloat16, **packed
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        with atomic_directory(directory) as partial:
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            _spell_for_older_engines(partial)
 
 
 def _spell_for_older_engines(directory: Path) -> None:

@@ -10,12 +10,13 @@ from rich.table import Table
 
 def ladder_table(rungs: Sequence[dict[str, Any]], rows: int, tokens: int) -> Table:
     """The ladder, one line per rung; columns nobody measured are left out."""
-    table = Table(title=f"The ladder: {rows} held-out rows, {tokens} answer tokens", title_justify="left", box=None)
-    table.add_column("model")
+    title = f"The ladder: {rows} held-out rows, {tokens:,} answer tokens; KL and top-1 to the trained model"
+    table = Table(title=title, title_justify="left", title_style="", box=None)
+    table.add_column("model", no_wrap=True)
     columns = [
         ("loss", "loss", "{:.4f}"),
         ("perplexity", "perplexity", "{:.3f}"),
-        ("KL to trained", "kl", "{:.4f}"),
+        ("KL", "kl", "{:.4f}"),
         ("top-1", "top1", "{:.2%}"),
         ("gain kept", "gain_retained", "{:.1%}"),
         ("exact match", "exact_match", "{:.0%}"),
@@ -26,14 +27,4 @@ def ladder_table(rungs: Sequence[dict[str, Any]], rows: int, tokens: int) -> Tab
     for rung in rungs:
         cells = ["—" if rung[key] is None else form.format(rung[key]) for _, key, form in columns]
         table.add_row(rung["label"], *cells, style="bold" if rung["name"] in {"trained", "gptq"} else "")
-    return table
-
-
-def stage_table(stages: Sequence[tuple[str, str, str, str]]) -> Table:
-    """What each stage took: name, time, memory, result."""
-    table = Table(box=None)
-    for title, justify in (("stage", "left"), ("time", "right"), ("peak memory", "right"), ("result", "left")):
-        table.add_column(title, justify=justify)  # type: ignore[arg-type]
-    for row in stages:
-        table.add_row(*row)
     return table
