@@ -60,7 +60,9 @@ def tiny_model(tmp_path_factory) -> Path:
         pad_token_id=2,
         initializer_range=0.08,
     )
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    model = LlamaForCausalLM(config)
+    model.get_input_embeddings().weight.data *= 3  # the tied head can then say something with certainty
+    model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
 

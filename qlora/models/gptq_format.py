@@ -227,9 +227,10 @@ def check_tensors(name: str, tensors: GPTQTensors, settings: GPTQFormat) -> None
 
 
 def check_group_size(shapes: Mapping[str, tuple[int, int]], group_size: int, bits: int = 4) -> None:
-    """Raise UserError naming every module whose weight shape (N, K) cannot be stored, with the group sizes that fit.
+    """Raise UserError when a weight of shape (N, K) cannot be stored, with the group sizes that fit all of them.
 
-    K must be a multiple of the group size, and both K and N must fill whole 32-bit words.
+    K must be a multiple of the group size, and both K and N must fill whole 32-bit words. Of the modules that a group
+    size does not fit, the first of each K is named.
     """
     if not shapes:
         return

@@ -18,7 +18,7 @@ import torch
 # Ranges tried, as shares of the one that clips nothing.
 SHRINK_FACTORS = tuple(1 - 0.04 * step for step in range(18))
 # Elements searched at once: the working set stays in a CPU's cache, and bounded on a GPU.
-CHUNK_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}
+CHUNK_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}
 
 
 @dataclass(frozen=True)

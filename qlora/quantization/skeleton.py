@@ -20,7 +20,7 @@ from qlora.quantization.modules import decoder_layers
 
 
 class Skeleton:
-    """A causal language model in eval mode whose parameters have no data until `fill` reads them.
+    """A causal language model in eval mode whose parameters have no data until its checkpoint is read.
 
     It computes in the dtype that its config.json names. Buffers that checkpoints do not hold, such as rotary
     frequencies, are real from the start. Raises UserError when the directory holds a quantized model, and on the first

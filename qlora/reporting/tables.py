@@ -15,11 +15,11 @@ def ladder_table(rungs: Sequence[dict[str, Any]], rows: int, tokens: int) -> Tab
     table.add_column("model", no_wrap=True)
     columns = [
         ("loss", "loss", "{:.4f}"),
-        ("perplexity", "perplexity", "{:.3f}"),
+        ("ppl", "perplexity", "{:.3f}"),
         ("KL", "kl", "{:.4f}"),
         ("top-1", "top1", "{:.2%}"),
         ("gain kept", "gain_retained", "{:.1%}"),
-        ("exact match", "exact_match", "{:.0%}"),
+        ("exact", "exact_match", "{:.0%}"),
     ]
     columns = [column for column in columns if any(rung[column[1]] is not None for rung in rungs)]
     for title, _, _ in columns:
