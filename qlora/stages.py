@@ -144,6 +144,7 @@ def quantize(run: Run, fingerprint: str, output: Path | None, progress: Progress
         device=run.device,
         progress=progress,
         attn_implementation=run.recipe.model.attn_implementation,
+        trust_remote_code=run.recipe.model.trust_remote_code,
     )
     _release_memory()
     tokens = sum(map(len, rows))
