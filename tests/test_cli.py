@@ -51,6 +51,7 @@ def test_wrong_paths_are_all_named(tiny_recipe, tmp_path):
     path = tiny_recipe(data={"train": [{"path": str(tmp_path / "fatcs.jsonl")}]})
     assert "fatcs.jsonl" in fails(2, "train", path)
     assert "does not exist" in fails(2, "train", tiny_recipe(), f"model.base={tmp_path}/none.gguf")
+    path = tiny_recipe(data={"train": [{"path": str(tmp_path / "fatcs.jsonl")}]})
     checked = qlora("check", path, "model.base=/no/such/model")  # check says everything at once
     assert checked.returncode == 2
     assert "fatcs.jsonl" in checked.stdout + checked.stderr and "/no/such/model" in checked.stdout + checked.stderr
@@ -85,7 +86,8 @@ def test_missing_extra_names_the_command_that_installs_it(tiny_recipe, tmp_path)
     blocked = tmp_path / "blocked" / "gguf.py"
     blocked.parent.mkdir()
     blocked.write_text("raise ImportError('not installed')")
-    environment = ENVIRONMENT | {"PYTHONPATH": str(blocked.parent), "QLORA_CACHE": str(tmp_path)}
+    search = os.pathsep.join([str(blocked.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = ENVIRONMENT | {"PYTHONPATH": search, "QLORA_CACHE": str(tmp_path)}
     assert 'pip install "qlora[gguf]"' in fails(2, "train", tiny_recipe(model={"base": str(gguf)}), env=environment)
 
 
