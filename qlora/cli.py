@@ -133,14 +133,18 @@ def doctor() -> None:
 
 def main() -> None:
     """Run a command and end with its exit code (see qlora.errors)."""
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, _interrupt)
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries log goes to the run's log file only
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # a log that cannot be written must not hide the error that is shown
     sys.exit(_exit_code(lambda: qlora.main(standalone_mode=False)))
 
 
-def _as_interrupt(number: int, frame: Any) -> None:
+def _interrupt(number: int, frame: Any) -> None:
+    from qlora.reporting import console
+
+    console.interrupted = True  # Python drops exceptions raised inside finalisers; progress raises it again
     raise KeyboardInterrupt
 
 

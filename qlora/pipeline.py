@@ -167,7 +167,8 @@ class Pipeline:
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         environment = os.environ | {"OMP_NUM_THREADS": threads, LOCK_HELD: "1"}
         if self.state.device == "cpu":
-            environment["ACCELERATE_USE_CPU"] = "true"
+            # accelerate's barriers ask for one GPU per process wherever it sees any.
+            environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         self.tracker.close()  # the first process of the launch continues the same run
         code = subprocess.run(command, env=environment).returncode
         self.lineage = Lineage(self.dirs.lineage)

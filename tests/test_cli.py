@@ -83,10 +83,14 @@ def test_group_size_that_does_not_divide_proposes_those_that_do(tiny_recipe):
 def test_missing_extra_names_the_command_that_installs_it(tiny_recipe, tmp_path):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
-    blocked = tmp_path / "blocked" / "gguf.py"
-    blocked.parent.mkdir()
-    blocked.write_text("raise ImportError('not installed')")
-    search = os.pathsep.join([str(blocked.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    hidden = tmp_path / "hidden" / "sitecustomize.py"  # an interpreter in which gguf cannot be found
+    hidden.parent.mkdir()
+    hidden.write_text(
+        "import sys, importlib.machinery as m\n"
+        "find = m.PathFinder.find_spec\n"
+        "m.PathFinder.find_spec = lambda name, *rest: None if name == 'gguf' else find(name, *rest)\n"
+    )
+    search = os.pathsep.join([str(hidden.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = ENVIRONMENT | {"PYTHONPATH": search, "QLORA_CACHE": str(tmp_path)}
     assert 'pip install "qlora[gguf]"' in fails(2, "train", tiny_recipe(model={"base": str(gguf)}), env=environment)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 from qlora.artifacts import atomic_directory, file_digest, quick_digest
 from qlora.errors import UserError, missing_extra
+from qlora.models.patches import parse_gguf_once
 from qlora.paths import cache_dir
 from qlora.reporting.console import console
 
@@ -78,16 +80,14 @@ def _convert_gguf(path: Path, directory: Path) -> None:
     import torch
     import transformers
 
-    try:
-        import gguf  # noqa: F401
-    except ImportError:
-        raise missing_extra("gguf", "gguf", "reading a .gguf base") from None
+    if importlib.util.find_spec("gguf") is None:
+        raise missing_extra("gguf", "gguf", "reading a .gguf base")
     # Newer transformers keep GGUF blocks packed unless told otherwise.
     packed: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         packed["quantization_config"] = transformers.GgufConfig(dequantize=True)
     console().print(f"  converting {path.name} to safetensors, once: {directory}")
-    with contextlib.redirect_stderr(io.StringIO()):  # the readers' own progress bars
+    with parse_gguf_once(), contextlib.redirect_stderr(io.StringIO()):  # hides the readers' own progress bars
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.bfloat16, **packed
         )

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 last_log: Path | None = None  # of the latest run in this process
+interrupted = False  # set by the signal handler
 PLAIN_SECONDS = 15.0  # between two lines where output is not a terminal
 
 
@@ -99,6 +100,9 @@ class StageProgress:
             self._bar.stop()
 
     def update(self, done: int, total: int, text: str = "") -> None:
+        """Show progress. Raises KeyboardInterrupt if one was asked for and got lost, as in a finaliser."""
+        if interrupted:
+            raise KeyboardInterrupt
         if self._bar is not None:
             self._bar.update(self._task, completed=done, total=total, text=text)
             return

@@ -156,7 +156,7 @@ def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, laun
         "model": {"compute_dtype": "float32"},
         "train": {"max_steps": 3, "micro_batch_size": 2, "learning_rate": 1e-3},
     }
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     script = Path(__file__).parents[2] / "scripts" / "train.py"
     path = tiny_recipe(**sections)
     adapters = []
