@@ -113,7 +113,7 @@ def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
             "evaluate": {"rows": None, "gates": {"merge_kl": None}},
         }
         for section, values in sections.items():
-            recipe[section] = recipe[section] | values if isinstance(values, dict) else values
+            recipe[section] = recipe.get(section, {}) | values if isinstance(values, dict) else values
         path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         return path

@@ -5,7 +5,9 @@ Without an API key wandb writes an offline run in silence; `wandb sync` uploads 
 
 from __future__ import annotations
 
+import netrc
 import os
+import urllib.parse
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,13 +53,14 @@ class Tracker:
 
 
 def _start_wandb(recipe: Recipe, directory: Path) -> Any:
+    os.environ.setdefault("WANDB_SILENT", "true")  # read at import; the settings below come too late for some lines
     import wandb
 
     directory.mkdir(parents=True, exist_ok=True)
     id_file = directory / "wandb.json"
     run_id = read_json(id_file)["id"] if id_file.is_file() else uuid.uuid4().hex[:8]
     write_json(id_file, {"id": run_id, "project": recipe.track.project})
-    logged_in = bool(os.environ.get("WANDB_API_KEY")) or wandb.api.api_key is not None
+    logged_in = _has_wandb_key()
     run = wandb.init(
         project=recipe.track.project,
         name=recipe.name,
@@ -71,6 +74,16 @@ def _start_wandb(recipe: Recipe, directory: Path) -> Any:
     run.define_metric("train/step")
     run.define_metric("train/*", step_metric="train/step")
     return run
+
+
+def _has_wandb_key() -> bool:
+    """Whether `wandb login` was done: a key in the environment, or one for the server in the netrc file."""
+    server = urllib.parse.urlparse(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname or ""
+    try:
+        known = netrc.netrc(os.environ.get("NETRC"))
+    except (OSError, netrc.NetrcParseError):
+        return bool(os.environ.get("WANDB_API_KEY"))
+    return bool(os.environ.get("WANDB_API_KEY")) or known.authenticators(server) is not None
 
 
 def _start_tensorboard(directory: Path) -> Any:
