@@ -137,6 +137,7 @@ def main() -> None:
         signal.signal(name, _interrupt)
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries log goes to the run's log file only
     logging.captureWarnings(True)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's deprecations, printed by torch itself
     logging.raiseExceptions = False  # a log that cannot be written must not hide the error that is shown
     sys.exit(_exit_code(lambda: qlora.main(standalone_mode=False)))
 

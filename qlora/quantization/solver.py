@@ -151,8 +151,8 @@ def quantize_block(
 def _one_thread() -> Iterator[None]:
     """Run a CPU's many small operations on one core.
 
-    Two cores are 15 % faster on a column when idle; where another program has one of them, each of the thousands of
-    barriers waits for its time slice, and the same loop was measured to take a hundred times as long.
+    A column is too little work to share; where another program has one of the cores, each of the thousands of barriers
+    waits for its time slice.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
