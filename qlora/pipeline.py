@@ -40,26 +40,40 @@ class Stage:
 
     run: takes the run, the stage's fingerprint, the folder to write (None on processes other than the first) and a
     progress callback; returns metrics.
+    without: keys of the sections that change nothing about the result.
     """
 
     name: str
     output: str
+    run: Callable[[Run, str, Path | None, Progress], dict[str, Any]]
     needs: tuple[str, ...]
     sections: tuple[str, ...]
-    run: Callable[[Run, str, Path | None, Progress], dict[str, Any]]
+    without: tuple[str, ...] = ()
 
 
 STAGES = {
     stage.name: stage
     for stage in (
-        Stage("train", "adapter", (), ("model", "data.train", "lora", "train", "seed"), stages.train),
-        Stage("merge", "merged", ("train",), ("merge",), stages.merge),
-        Stage("quantize", "gptq", ("merge",), ("quantize", "data.train", "data.eval", "seed"), stages.quantize),
-        Stage("evaluate", "evaluation", ("train", "merge", "quantize"), ("evaluate", "data.eval"), stages.evaluate),
+        Stage(
+            "train",
+            "adapter",
+            stages.train,
+            needs=(),
+            sections=("model", "data", "lora", "train", "seed"),
+            without=("model.base", "data.eval", "train.processes", "train.log_every", "train.checkpoint_every"),
+        ),
+        Stage("merge", "merged", stages.merge, needs=("train",), sections=("merge",)),
+        Stage("quantize", "gptq", stages.quantize, needs=("merge",), sections=("quantize", "data", "seed")),
+        Stage(
+            "evaluate",
+            "evaluation",
+            stages.evaluate,
+            needs=("train", "merge", "quantize"),
+            sections=("evaluate", "data"),
+            without=("data.train", "evaluate.batch_size", "evaluate.gates"),
+        ),
     )
 }
-# Keys that do not change what a stage produces, so changing them does not run it again.
-NOT_IN_FINGERPRINT = {"train": {"processes", "log_every", "checkpoint_every"}, "evaluate": {"batch_size", "gates"}}
 
 
 class Pipeline:
@@ -201,31 +215,22 @@ class Pipeline:
     def _fingerprint(self, stage: Stage) -> dict[str, Any]:
         """What decides the stage's result, as a flat mapping so that a change can be named."""
         recipe = self.recipe.model_dump(mode="json")
-        result: dict[str, Any] = {}
+        result: dict[str, Any] = {"base": self.state.base.digest}
         for section in stage.sections:
-            if section.startswith("data."):
-                continue
-            value = recipe[section]
-            excluded = NOT_IN_FINGERPRINT.get(section, set())
-            if isinstance(value, dict):
-                result |= {f"{section}.{key}": leaf for key, leaf in value.items() if key not in excluded}
-            else:
-                result[section] = value
-        if any(section.startswith("data.") for section in stage.sections):
-            result |= {f"data.{key}": value for key, value in recipe["data"].items() if key not in {"train", "eval"}}
-            result |= {
-                f"data.{key}": value for key, value in self._data_digests.items() if f"data.{key}" in stage.sections
-            }
-        result["base"] = self.state.base.digest
-        result.pop("model.base", None)  # where it lies does not matter, what it is does
+            result |= _flat(section, recipe[section])
+        for key, content in self._digests.items():
+            if _drop(result, key):
+                result[key] = content
+        for key in stage.without:
+            _drop(result, key)
         for need in stage.needs:
             outputs = self.lineage.stages.get(need, {}).get("outputs", {})
             result[f"result of {need}"] = digest({name: entry["sha256"] for name, entry in outputs.items()})
         return result | {f"version of {name}": version for name, version in versions().items()}
 
     @cached_property
-    def _data_digests(self) -> dict[str, Any]:
-        return self.state.data_digests()
+    def _digests(self) -> dict[str, Any]:
+        return self.state.digests()
 
     def _what_changed(self, stage: Stage) -> str:
         """` because lora.r, data.train changed`, or an empty string."""
@@ -235,6 +240,21 @@ class Pipeline:
         old, new = entry["inputs"], self._fingerprint(stage)
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
         return f" because {', '.join(names)} changed" if names else " because files are missing"
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    if not isinstance(value, dict) or not value:
+        return {name: value}
+    return {key: leaf for part, nested in value.items() for key, leaf in _flat(f"{name}.{part}", nested).items()}
+
+
+def _drop(flat: dict[str, Any], name: str) -> bool:
+    """Remove a key and all below it; whether there were any."""
+    found = [key for key in flat if key == name or key.startswith(f"{name}.")]
+    for key in found:
+        del flat[key]
+    return bool(found)
 
 
 def versions() -> dict[str, str]:

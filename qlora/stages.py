@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from qlora.artifacts import read_json, require_disk, write_json
+from qlora.artifacts import file_digest, read_json, require_disk, write_json
 from qlora.errors import Problem, UserError
 from qlora.paths import RunDir
 from qlora.recipe import Recipe
@@ -64,14 +64,17 @@ class Run:
             self.tokenizer.chat_template = prepared.chat_template
         return prepared
 
-    def data_digests(self) -> dict[str, Any]:
-        """Digests of the rows' sources, for fingerprints."""
+    def digests(self) -> dict[str, Any]:
+        """Digests of what the recipe reads besides the base, by key, for fingerprints: content, not paths."""
         from qlora.data.sources import source_digest
 
-        data = self.recipe.data
+        data, mix = self.recipe.data, self.recipe.quantize.calibration.mix
+        template = Path(data.chat_template) if data.chat_template else None
         return {
-            "train": [source_digest(source) for source in data.train],
-            "eval": source_digest(data.eval) if data.eval is not None else None,
+            "data.train": [source_digest(source) for source in data.train],
+            "data.eval": source_digest(data.eval) if data.eval is not None else None,
+            "data.chat_template": file_digest(template) if template and template.is_file() else data.chat_template,
+            "quantize.calibration.mix.path": file_digest(Path(mix.path)) if mix and Path(mix.path).is_file() else None,
         }
 
 
@@ -236,7 +239,7 @@ def summary(stage: str, metrics: dict[str, Any]) -> str:
         rate = f", {metrics['tokens_per_second']:,.0f} tok/s" if metrics["tokens_per_second"] else ""
         return f"{metrics['steps']} steps, loss {loss:.3f}{rate}"
     if stage == "merge":
-        return f"{metrics['merged_modules']} layers merged in fp32, 4-bit codes as trained"
+        return f"{metrics['merged_modules']} layers merged in fp32, base as trained"
     if stage == "quantize":
         return f"{len(metrics['modules'])} layers, {metrics['calibration_tokens']:,} calibration tokens"
     return f"KL of GPTQ to trained {metrics['gptq_kl']:.4f}, of merged {metrics['merged_kl']:.4f}"

@@ -106,6 +106,51 @@ def test_a_second_run_does_nothing_and_a_change_runs_what_depends_on_it(finished
     assert weights(run_dir) == before[1]
 
 
+def test_the_content_of_calibration_text_and_templates_counts_not_their_paths(
+    tiny_recipe, tiny_model, tmp_path, capsys
+):
+    text, template = tmp_path / "general.txt", tmp_path / "chat.jinja"
+    text.write_text("The river bends twice before it meets the sea.\n\n" * 20)
+    template.write_text((tiny_model / "chat_template.jinja").read_text())
+    mix = f"quantize.calibration.mix={{path: {text}, share: 0.25}}"
+    path, overrides = tiny_recipe(), [mix, f"data.chat_template={template}"]
+    run(path, *overrides)
+    moved = text.rename(tmp_path / "moved.txt")
+    capsys.readouterr()
+    run(path, mix.replace(str(text), str(moved)), overrides[1])
+    assert "again" not in capsys.readouterr().out
+    moved.write_text("Twelve apples and three pears make fifteen fruits.\n\n" * 20)
+    run(path, mix.replace(str(text), str(moved)), overrides[1])
+    output = capsys.readouterr().out
+    assert "quantize   runs again because quantize.calibration.mix.path changed" in output
+    assert "train      up to date" in output
+    template.write_text(template.read_text() + "{# a comment #}")
+    run(path, mix.replace(str(text), str(moved)), overrides[1])
+    assert "train      runs again because data.chat_template changed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.quantization=none"],
+        ["model.quantization=fp4", "model.double_quant=false"],
+        ["lora.dora=true", "lora.rslora=true", "lora.rank_pattern={q_proj: 4}", "lora.alpha_pattern={v_proj: 4}"],
+        ["lora.target_modules=[q_proj, v_proj]", "lora.dropout=0.1", "lora.dtype=bfloat16"],
+        ["lora.modules_to_save=[norm]", "lora.bias=all"],
+        ["merge.dtype=float32", "quantize.bits=3", "quantize.sym=false", "quantize.group_size=-1"],
+        ["data.packing=true", "train.batch_size=null", "train.tokens_per_step=96", "train.gradient_checkpointing=true"],
+        ["data.loss_on=all", "train.evaluate_every=3", "train.args={neftune_noise_alpha: 5}"],
+    ],
+    ids=lambda overrides: overrides[0],
+)
+def test_every_variant_goes_through_all_stages_and_merges_exactly(tiny_recipe, overrides):
+    run_dir = run(tiny_recipe(), *overrides)
+    rungs = {rung["name"]: rung for rung in read_json(run_dir / "evaluation" / "ladder.json")["rungs"]}
+    assert rungs["trained"]["loss"] < rungs["base"]["loss"]
+    assert rungs["merged"]["kl"] < 2e-3
+    assert rungs["gptq"]["kl"] < rungs["base"]["kl"]
+
+
 def test_moving_the_base_does_not_train_again(finished, tiny_model, tmp_path):
     path, run_dir, _ = finished
     before = started(run_dir)

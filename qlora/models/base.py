@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora.artifacts import atomic_directory, file_digest, quick_digest
-from qlora.errors import UserError, missing_extra
 from qlora.models.patches import parse_gguf_once
+from qlora.models.preview import download, preview_base
 from qlora.paths import cache_dir
 from qlora.reporting.console import console
 
@@ -34,41 +33,18 @@ class Base:
 
 
 def resolve_base(name: str, revision: str | None = None) -> Base:
-    """Find, download or convert the base. Raises `UserError` if it is not there or has no safetensors."""
-    path = Path(name)
-    if path.suffix == ".gguf":
-        return _from_gguf(path)
-    if path.is_dir():
-        if not any(path.glob("*.safetensors")):
-            raise UserError("no *.safetensors in this directory", name, "convert the checkpoint, or name a .gguf file")
-        return Base(path.name, None, path)
-    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
-        raise UserError("this base model does not exist", name, "give a hub id, a directory or a .gguf file")
-    return _from_hub(name, revision)
-
-
-def _from_hub(name: str, revision: str | None) -> Base:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=HUB_PATTERNS))
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"{name} is not in the local cache and the hub cannot be reached ({error.__class__.__name__})",
-            "model.base",
-            "check the network, or give a local directory",
-        ) from None
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        hint = "accept the licence on the model's page and run `hf auth login`" if "401" in str(error) else ""
-        raise UserError(f"{name} cannot be downloaded: {str(error).splitlines()[0]}", "model.base", hint) from None
+    """Find, download or convert the base. Raises `UserError` as `preview_base` does."""
+    found = preview_base(name, revision)
+    if found.gguf_file is not None:
+        return _from_gguf(Path(name))
+    if found.weight_bytes is not None:
+        return Base(found.id, found.revision, found.directory)
+    directory = download(name, revision, HUB_PATTERNS)
     return Base(name, directory.name, directory)
 
 
 def _from_gguf(path: Path) -> Base:
     """Convert once, into the cache: weights dequantized to bf16, config and tokenizer from the file's metadata."""
-    if not path.is_file():
-        raise UserError("this GGUF file does not exist", str(path), "check model.base")
     digest = file_digest(path)
     directory = cache_dir() / "models" / f"{path.stem}-{digest[:12]}"
     if not directory.is_dir():
@@ -80,8 +56,6 @@ def _convert_gguf(path: Path, directory: Path) -> None:
     import torch
     import transformers
 
-    if importlib.util.find_spec("gguf") is None:
-        raise missing_extra("gguf", "gguf", "reading a .gguf base")
     # Newer transformers keep GGUF blocks packed unless told otherwise.
     packed: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):

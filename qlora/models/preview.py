@@ -57,11 +57,18 @@ def _directory(path: Path) -> Preview:
 
 
 def _hub(name: str, revision: str | None) -> Preview:
+    directory = download(name, revision, SMALL_FILES)
+    _refuse_quantized(directory)
+    return Preview(name, directory.name, directory)
+
+
+def download(name: str, revision: str | None, patterns: list[str]) -> Path:
+    """The files of a hub repository that match, in the hub's own cache. Raises `UserError` if they cannot be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        directory = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     # A hub that cannot be reached ends in LocalEntryNotFoundError, which is an OSError.
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise UserError(
@@ -69,8 +76,6 @@ def _hub(name: str, revision: str | None) -> Preview:
             "model.base",
             "check the id, the network, and for gated models that you accepted the licence and ran `hf auth login`",
         ) from None
-    _refuse_quantized(directory)
-    return Preview(name, directory.name, directory)
 
 
 def _refuse_quantized(directory: Path) -> None:
