@@ -16,7 +16,11 @@ ensure_env() { # ensure_env EXTRAS, for example: ensure_env dev,gguf,gptq
     else
       install torch==2.13.0
     fi
-    install -c constraints.txt -e ".[$extras]"
+    # The pinned versions have wheels for these Pythons; others take the newest that pyproject.toml allows.
+    case "$(.venv/bin/python -c 'import sys; print(*sys.version_info[:2], sep=".")')" in
+      3.11 | 3.12 | 3.13) install -c constraints.txt -e ".[$extras]" ;;
+      *) install -e ".[$extras]" ;;
+    esac
     echo "$stamp" > .venv/qlora-stamp
   fi
   export PATH="$PWD/.venv/bin:$PATH" VIRTUAL_ENV="$PWD/.venv"
