@@ -71,7 +71,7 @@ RULES = (
         (2, 3, 4, 8),
         asymmetric=True,
         desc_act=True,
-        note="archived; needs transformers 4 and the config spelled its way",
+        note="archived; needs transformers 4, and loses tied embeddings on load",
     ),
 )
 
