@@ -143,9 +143,10 @@ def main() -> None:
 
 
 def _interrupt(number: int, frame: Any) -> None:
-    from qlora.reporting import console
-
-    console.interrupted = True  # Python drops exceptions raised inside finalisers; progress raises it again
+    # Python drops exceptions raised inside finalisers; progress raises it again. Nothing is imported here: the signal
+    # may have come in the middle of an import.
+    if console := sys.modules.get("qlora.reporting.console"):
+        console.interrupted = True  # type: ignore[attr-defined]
     raise KeyboardInterrupt
 
 

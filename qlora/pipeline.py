@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import logging
 import os
 import subprocess
 import sys
@@ -31,7 +30,6 @@ from qlora.reporting.tracking import Tracker
 from qlora.stages import Progress, Run
 
 VERSIONED = ("qlora", "torch", "transformers", "peft", "trl", "bitsandbytes")
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

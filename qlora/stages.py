@@ -11,7 +11,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from qlora.artifacts import file_digest, read_json, require_disk, write_json
+from qlora.artifacts import file_digest, read_json, write_json
 from qlora.errors import Problem, UserError
 from qlora.paths import RunDir
 from qlora.recipe import Recipe
@@ -101,13 +101,10 @@ def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
 
 def merge(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
     from qlora.merging import merge_adapter
-    from qlora.models.checkpoint import CheckpointReader, total_bytes
     from qlora.models.loading import DTYPES
 
     assert output is not None
     section = run.recipe.merge
-    reader = CheckpointReader(run.base.directory)
-    require_disk(output, total_bytes({name: reader.spec(name) for name in reader.names()}), "the merged model")
     report = merge_adapter(
         run.base.directory,
         run.dirs.adapter,
@@ -179,7 +176,11 @@ def _rungs(run: Run) -> list[Any]:
     dtype = DTYPES[model.compute_dtype]
     load = partial(load_base, run.base.directory, model, device)
     kind = model.quantization.upper()
-    merged = partial(load_plain, run.dirs.merged, device, dtype, model.attn_implementation)
+    options: dict[str, Any] = {
+        "attn_implementation": model.attn_implementation,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    merged = partial(load_plain, run.dirs.merged, dtype, device, **options)
     rungs = [
         Rung(BASE, "base, 16 bits", lambda: load(quantized=False).eval()),
         Rung("nf4", f"base, {kind}", lambda: load(quantized=True).eval()),
@@ -188,7 +189,7 @@ def _rungs(run: Run) -> list[Any]:
         Rung(
             "gptq",
             f"GPTQ, {run.recipe.quantize.bits} bits, group {run.recipe.quantize.group_size}",
-            partial(load_gptq, run.dirs.gptq, dtype, device),
+            partial(load_gptq, run.dirs.gptq, dtype, device, **options),
         ),
     ]
     return [rung for rung in rungs if quantized or rung.name != "nf4"]

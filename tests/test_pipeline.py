@@ -207,6 +207,20 @@ def test_ctrl_c_ends_with_130_within_seconds_and_the_run_continues(finished, tmp
     assert weights(tmp_path / "whole") == weights(whole)
 
 
+def test_checkpoints_of_another_run_are_not_resumed_from(tiny_recipe):
+    path = tiny_recipe()
+    run_dir = run(path)
+    assert list(run_dir.glob("checkpoints/checkpoint-*"))
+    run(path, "train.learning_rate=0.002")  # another recipe
+    metrics = read_json(run_dir / "lineage.json")["stages"]["train"]["metrics"]
+    assert (metrics["resumed_from"], metrics["steps"]) == (None, 6)
+    (run_dir / "checkpoints" / "fingerprint.json").unlink()  # and those whose origin nobody knows
+    (run_dir / "lineage.json").unlink()
+    run(path, "train.learning_rate=0.003")
+    metrics = read_json(run_dir / "lineage.json")["stages"]["train"]["metrics"]
+    assert metrics["resumed_from"] is None and len(metrics["curve"]) == 6
+
+
 def test_a_stage_without_the_one_before_it_names_the_command(tiny_recipe):
     path = tiny_recipe()
     with pytest.raises(UserError) as caught:

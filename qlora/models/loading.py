@@ -6,7 +6,6 @@ is not called; it costs gigabytes).
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from qlora.models.checkpoint import CheckpointReader
 from qlora.models.gptq_format import GPTQTensors, dequantize, read_quantization_config
 from qlora.recipe import Lora, Model
 
-log = logging.getLogger(__name__)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -119,28 +117,50 @@ def load_trained(base: PreTrainedModel, adapter: Path) -> Any:
     return PeftModel.from_pretrained(base, adapter).eval()
 
 
-def load_plain(directory: Path, device: str, dtype: torch.dtype = torch.bfloat16, attention: str = "sdpa") -> Any:
+def load_plain(
+    directory: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    *,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """A 16-bit directory (base or merged)."""
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, device_map={"": device}, attn_implementation=attention
-    )
-    return model.eval()
+    return AutoModelForCausalLM.from_pretrained(
+        directory,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation=attn_implementation,
+        trust_remote_code=trust_remote_code,
+    ).eval()
 
 
-def load_gptq(directory: Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> PreTrainedModel:
+def load_gptq(
+    directory: Path,
+    dtype: torch.dtype = torch.bfloat16,
+    device: str = "cpu",
+    *,
+    attn_implementation: str = "sdpa",
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
     """A GPTQ directory as a plain model: every packed weight dequantized to `dtype`, no GPTQ kernel involved.
 
     Evaluation measures what the checkpoint says, not what one kernel makes of it.
     Raises `UserError` if the directory is not a GPTQ v1 checkpoint or tensors are missing.
     """
     settings = read_quantization_config(directory)
-    config = AutoConfig.from_pretrained(directory)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     del config.quantization_config
     state = dict(_dequantized_state(directory, settings.bits, dtype, device))
     with torch.device("meta"):
-        architecture = type(AutoModelForCausalLM.from_config(config))
+        architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
     return architecture.from_pretrained(
-        None, config=config, state_dict=state, dtype=dtype, device_map={"": device}
+        None,
+        config=config,
+        state_dict=state,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation=attn_implementation,
     ).eval()
 
 

@@ -41,13 +41,12 @@ class Report(TrainerCallback):
     resumed_from: str | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
     _started: float = 0.0
-    _first_step: int = 0
     _tokens: float = 0.0
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started, self._first_step = time.monotonic(), state.global_step
+        self._started = time.monotonic()
         self.reporter.progress(state.global_step, state.max_steps, "")
 
     def on_log(

@@ -34,7 +34,6 @@ log = logging.getLogger(__name__)
 class Steps:
     """How rows are divided into optimizer steps."""
 
-    rows: int
     micro_batch_size: int
     accumulation: int
     processes: int
@@ -53,12 +52,7 @@ def plan_steps(recipe: Recipe, row_tokens: Sequence[int], processes: int) -> Ste
     per_forward = train.micro_batch_size * processes
     if train.tokens_per_step is not None:
         mean = sum(row_tokens) / len(row_tokens)
-        return Steps(
-            len(row_tokens),
-            train.micro_batch_size,
-            max(1, round(train.tokens_per_step / mean / per_forward)),
-            processes,
-        )
+        return Steps(train.micro_batch_size, max(1, round(train.tokens_per_step / mean / per_forward)), processes)
     batch_size = train.batch_size or 16
     if batch_size % per_forward:
         raise UserError(
@@ -66,7 +60,7 @@ def plan_steps(recipe: Recipe, row_tokens: Sequence[int], processes: int) -> Ste
             "train.batch_size",
             f"make it a multiple of {per_forward}",
         )
-    return Steps(len(row_tokens), train.micro_batch_size, batch_size // per_forward, processes)
+    return Steps(train.micro_batch_size, batch_size // per_forward, processes)
 
 
 def train_adapter(
@@ -213,12 +207,16 @@ def _write_provenance(trainer: SFTTrainer, recipe: Recipe, base: Base, output: P
 
 
 def _checkpoint_to_resume(checkpoints: Path, fingerprint: str, keep: bool) -> Path | None:
-    """The last complete checkpoint of this very training run; those of another recipe are removed."""
+    """The last complete checkpoint of this very training run; those of another are removed if `keep`.
+
+    Processes start together, so one may look before another has removed: none resumes from what is not its run's.
+    """
     owner = checkpoints / "fingerprint.json"
-    if owner.is_file() and read_json(owner)["fingerprint"] != fingerprint and keep:
-        log.info("checkpoints of another recipe removed: %s", checkpoints)
-        shutil.rmtree(checkpoints)
-    if keep:
-        write_json(owner, {"fingerprint": fingerprint})
+    if not owner.is_file() or read_json(owner)["fingerprint"] != fingerprint:
+        if keep:
+            log.info("checkpoints of another recipe removed: %s", checkpoints)
+            shutil.rmtree(checkpoints, ignore_errors=True)
+            write_json(owner, {"fingerprint": fingerprint})
+        return None
     complete = [path for path in checkpoints.glob("checkpoint-*") if (path / COMPLETE).is_file()]
     return max(complete, key=lambda path: int(path.name.rpartition("-")[2]), default=None)

@@ -50,7 +50,7 @@ def main() -> None:
         target.mkdir(exist_ok=True)
         with measured() as costs[f"ours {kind}"]:
             merge_adapter(run.base.directory, adapter, target, base=kind, dtype=torch.bfloat16, device=device)
-        return load_plain(target, device)
+        return load_plain(target, device=device)
 
     def peft(kind: str):
         with measured() as costs[f"peft {kind}"]:
