@@ -16,24 +16,35 @@ from qlora.errors import UserError, WillNotFit
 
 
 @contextlib.contextmanager
-def atomic_directory(target: Path) -> Iterator[Path]:
+def atomic_directory(target: Path, resume_key: str | None = None) -> Iterator[Path]:
     """A folder `<target>.partial` to write into, renamed to `target` when the block ends without an error.
 
-    An earlier `target` stays readable until then. On any error the partial folder is removed.
+    An earlier `target` stays readable until then. On any error the partial folder is removed, unless there is a
+    `resume_key`: then it stays, and the next call with an equal key is given the folder as it was left. What was
+    written under another key, or without one, is removed first.
     """
     partial = target.with_name(target.name + ".partial")
     replaced = target.with_name(target.name + ".replaced")
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
+    # Beside the folder, not in it: whoever writes the artefact sees only what belongs to it.
+    key_file = target.with_name(f".{target.name}.partial-key")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if resume_key is None or not key_file.is_file() or key_file.read_text(encoding="utf-8") != resume_key:
+        # In this order, what stands beside a key is always the folder that belongs to it, whole.
+        key_file.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        if resume_key is not None:
+            write_text(key_file, resume_key)
+    partial.mkdir(parents=True, exist_ok=True)
     try:
         yield partial
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if resume_key is None:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
     if target.exists():
         target.rename(replaced)
     partial.rename(target)
+    key_file.unlink(missing_ok=True)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

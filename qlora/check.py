@@ -16,17 +16,17 @@ from typing import Any, ParamSpec, TypeVar
 
 from rich.console import Console
 
-from qlora.data.calibration import calibration_rows
+from qlora.data.calibration import CalibrationRow, calibration_rows
 from qlora.data.formats import read_examples
 from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.rendering import PreparedData, RenderedRow, render_sources
-from qlora.data.sources import load_texts
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
-from qlora.evaluation.contract import EngineVerdict, engine_support, fitting_group_sizes
+from qlora.evaluation.contract import EngineVerdict, engine_support
 from qlora.models.estimates import Machine, StageEstimate, Workload, assumed_machine, estimate_stages
 from qlora.models.loading import load_tokenizer, pick_device
 from qlora.models.preview import Preview, preview_base
 from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, model_shapes, read_config, skeleton
+from qlora.quantization.external import check_options, check_outputs
 from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
 from qlora.training.sft import Steps, plan_steps, sft_config
@@ -159,12 +159,7 @@ def _look_at_model(
     shapes = attempt(model_shapes, model) if model is not None else None
     if shapes is None or model is None:
         return None, None
-    group_size = recipe.quantize.group_size
-    fitting = fitting_group_sizes(shapes.linears)
-    if group_size != -1 and group_size not in fitting:
-        report.problems.append(_group_size_problem(group_size, fitting, shapes))
-    settings = GPTQSettings(**recipe.quantize.model_dump(exclude={"calibration"}))
-    report.engines = engine_support(settings.format, shapes.linears, attention_heads=shapes.attention_heads)
+    attempt(_look_at_quantization, recipe, shapes, report, attempt)
     architecture = type(model).__name__
     adapter = attempt(adapter_shapes, model, recipe.lora)
     report.base = BaseFacts(
@@ -179,15 +174,21 @@ def _look_at_model(
     return shapes, adapter
 
 
-def _group_size_problem(group_size: int, fitting: Sequence[int], shapes: ModelShapes) -> Problem:
-    bad = {linear.in_features: linear.name for linear in reversed(shapes.linears) if linear.in_features % group_size}
-    named = ", ".join(f"{name} has {count}" for count, name in bad.items())
-    sizes = [*fitting, -1]
-    return Problem(
-        f"group size {group_size} does not divide the inputs of every layer: {named}",
-        "quantize.group_size",
-        f"use {' or '.join(map(str, sizes))}",
+def _look_at_quantization(recipe: Recipe, shapes: ModelShapes, report: CheckReport, attempt: _Attempts) -> None:
+    section = recipe.quantize
+    settings = GPTQSettings.from_recipe(section)
+    report.engines = engine_support(
+        settings.format, shapes.linears, method=section.method, attention_heads=shapes.attention_heads
     )
+    linears = {shape.name: (shape.out_features, shape.in_features) for shape in shapes.linears}
+    attempt(settings.check_shapes, linears)
+    if section.method == "awq":
+        attempt(check_outputs, linears)
+    if section.engine == "gptqmodel":
+        unused = attempt(check_options, settings, section.method)
+        if unused:
+            what = f"gptqmodel has no counterpart for {', '.join(unused)}"
+            report.warnings.append(Problem(what, "quantize.engine"))
 
 
 def _tokenizer(base: Preview, recipe: Recipe) -> Any:
@@ -232,24 +233,16 @@ def _look_at_data(
 
 def _calibration(
     recipe: Recipe, train: PreparedData, evaluation: PreparedData | None, tokenizer: Any
-) -> list[list[int]]:
-    section = recipe.quantize.calibration
-    return calibration_rows(
-        train.rows,
-        samples=section.samples,
-        max_length=section.max_length,
-        seed=recipe.seed,
-        exclude=evaluation.rows if evaluation else (),
-        mix=(load_texts(section.mix.path), section.mix.share) if section.mix else None,
-        tokenizer=tokenizer,
-    )
+) -> list[CalibrationRow]:
+    exclude = evaluation.rows if evaluation else ()
+    return calibration_rows(recipe.quantize.calibration, train.rows, tokenizer, seed=recipe.seed, exclude=exclude)
 
 
 def _workload(
     recipe: Recipe,
     steps: Steps,
     train: Sequence[RenderedRow],
-    calibration: Sequence[Sequence[int]],
+    calibration: Sequence[CalibrationRow],
     evaluation: PreparedData | None,
 ) -> tuple[Workload, int]:
     """Tokens per stage, and the number of optimizer steps."""
@@ -265,8 +258,8 @@ def _workload(
         train_tokens=round(count * steps.batch_size * row_tokens),
         train_sequence=sum(length**2 for length in lengths) / sum(lengths),
         micro_batch_tokens=recipe.train.micro_batch_size * longest,
-        calibration_tokens=sum(map(len, calibration)),
-        calibration_longest=max(map(len, calibration)),
+        calibration_tokens=sum(len(row.input_ids) for row in calibration),
+        calibration_longest=max(len(row.input_ids) for row in calibration),
         eval_tokens=sum(len(row.input_ids) for row in held_out),
         eval_answer_tokens=sum(row.supervised_tokens for row in held_out),
         eval_longest=max((len(row.input_ids) for row in held_out), default=0),
@@ -280,6 +273,7 @@ def _missing_packages(recipe: Recipe) -> list[Problem]:
         "flash_attn": (recipe.model.attn_implementation == "flash_attention_2", "model.attn_implementation"),
         "tensorboard": ("tensorboard" in recipe.track.to, "track.to"),
         "wandb": ("wandb" in recipe.track.to, "track.to"),
+        "gptqmodel": (recipe.quantize.engine == "gptqmodel", "quantize.engine"),
     }
     return [
         Problem(
@@ -292,7 +286,7 @@ def _missing_packages(recipe: Recipe) -> list[Problem]:
 
 def _notes(recipe: Recipe) -> list[Problem]:
     notes = []
-    if importlib.util.find_spec("gptqmodel") is None:
+    if recipe.quantize.engine == "native" and importlib.util.find_spec("gptqmodel") is None:
         notes.append(
             Problem(
                 "gptqmodel is not installed: qlora needs it for nothing, transformers needs it to run the checkpoint",

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 GIB = 2**30
 
@@ -36,6 +37,46 @@ def measured() -> Iterator[Measured]:
         result.host_peak_gib = host_peak_gib()
         if torch.cuda.is_available():
             result.gpu_peak_gib = round(torch.cuda.max_memory_allocated() / GIB, 3)
+
+
+class Stopwatch:
+    """Seconds per part of a computation. On a GPU by events in its queue, so that measuring makes nobody wait."""
+
+    def __init__(self, device: str) -> None:
+        self._on_gpu = device.startswith("cuda")
+        self._seconds: dict[str, float] = {}
+        self._events: list[tuple[str, Any, Any]] = []
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Count what the block does, on the GPU or, without one, on the CPU, as `name`. Parts must not be nested."""
+        if not self._on_gpu:
+            start = time.perf_counter()
+            yield
+            self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+            return
+        import torch
+
+        first, last = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        first.record()
+        yield
+        last.record()
+        self._events.append((name, first, last))
+
+    @contextlib.contextmanager
+    def waiting(self, name: str) -> Iterator[None]:
+        """Count the CPU's own time in the block, whatever the GPU does."""
+        start = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """Name → seconds; waits for the GPU."""
+        for name, first, last in self._events:
+            last.synchronize()
+            self._seconds[name] = self._seconds.get(name, 0.0) + first.elapsed_time(last) / 1e3
+        self._events.clear()
+        return {name: round(seconds, 4) for name, seconds in self._seconds.items()}
 
 
 def host_peak_gib() -> float | None:

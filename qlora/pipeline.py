@@ -39,6 +39,7 @@ class Stage:
     run: takes the run, the stage's fingerprint, the folder to write (None on processes other than the first) and a
     progress callback; returns metrics.
     without: keys of the sections that change nothing about the result.
+    resumable: the folder it is given may hold what an interrupted attempt at the same result left there.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Stage:
     needs: tuple[str, ...]
     sections: tuple[str, ...]
     without: tuple[str, ...] = ()
+    resumable: bool = False
 
 
 STAGES = {
@@ -61,7 +63,16 @@ STAGES = {
             without=("model.base", "data.eval", "train.processes", "train.log_every", "train.checkpoint_every"),
         ),
         Stage("merge", "merged", stages.merge, needs=("train",), sections=("merge",)),
-        Stage("quantize", "gptq", stages.quantize, needs=("merge",), sections=("quantize", "data", "seed")),
+        Stage(
+            "quantize",
+            "gptq",
+            stages.quantize,
+            # Without merged weights on disk it computes them from the adapter, as the merge section says.
+            needs=("train", "merge"),
+            sections=("merge", "quantize", "data", "seed"),
+            without=("merge.max_shard_gb",),
+            resumable=True,
+        ),
         Stage(
             "evaluate",
             "evaluation",
@@ -158,7 +169,9 @@ class Pipeline:
                 return
             self.lineage.record(stage.name, entry)
             self.out.print(f"  {stage.name:10} …")
-            with atomic_directory(target) as partial:
+            # Another device computes other bytes: one artefact is made on one.
+            resume_key = f"{entry['fingerprint']} {self.state.device}" if stage.resumable else None
+            with atomic_directory(target, resume_key) as partial:
                 metrics = stage.run(self.state, entry["fingerprint"], partial, progress.update)
         metrics |= {"seconds": cost.seconds, "host_peak_gib": cost.host_peak_gib, "gpu_peak_gib": cost.gpu_peak_gib}
         entry |= {"status": "complete", "seconds": cost.seconds, "metrics": metrics, "outputs": manifest(target)}
@@ -198,6 +211,8 @@ class Pipeline:
             ladder = stages.read_ladder(self.dirs)
             self.out.print()
             self.out.print(ladder_table(ladder["rungs"], ladder["rows"], ladder["tokens"]))
+            for note in stages.ladder_notes(self.recipe):
+                self.out.print(note)
         self.out.print(f"\nGPTQ checkpoint: [bold]{self.dirs.gptq}[/bold]")
         if self.recipe.data.eval is not None and (failed := stages.failed_gates(self.recipe, ladder)):
             raise GateFailed(failed)

@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+CALIBRATION_NAMES = ("train", "wikitext2", "c4")
+"""What quantize.calibration.from takes besides hub ids, files and lists of strings."""
+CalibrationSource = str | Annotated[list[str], Field(min_length=1)]
 
 # Fields of TRL's SFTConfig that `train.args` must not touch, each with the reason.
 REFUSED_TRAIN_ARGS: dict[str, str] = {
@@ -50,7 +53,15 @@ REFUSED_TRAIN_ARGS: dict[str, str] = {
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        protected_namespaces=(),
+        serialize_by_alias=True,
+        validate_by_name=True,
+        validate_by_alias=True,
+    )
 
 
 class Model(Section):
@@ -181,29 +192,70 @@ class Train(Section):
 class Merge(Section):
     base: Literal["dequantized", "original"] = "dequantized"
     """What the adapter is added to: the dequantized base it was trained on (exact), or the 16-bit base."""
+    write: bool = True
+    """Write the merged weights. false: GPTQ reads base and adapter and merges in float32, layer by layer; no merged
+    model is ever on disk, so it is not a rung of the ladder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Dtype of merged weights; the sum is rounded to it once."""
+    """Dtype of the merged model; the sum is rounded to it once (weights that go straight to GPTQ are not rounded)."""
     max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
     """Largest safetensors file, in GB."""
 
 
 class Mix(Section):
-    path: str
-    """Text file (.txt: paragraphs separated by blank lines; or rows with a `text` column) with general text."""
-    share: Share = 0.25
-    """Share of calibration rows that come from it."""
+    from_: CalibrationSource = Field(alias="from")
+    """Where the other rows come from; the same kinds as calibration.from."""
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of calibration tokens that come from it."""
 
 
 class Calibration(Section):
+    from_: CalibrationSource = Field(default="train", alias="from")
+    """`train` (training rows, rendered as in training), `wikitext2`, `c4`, the hub id of a data set with a column
+    `text`, a file (.txt: paragraphs separated by blank lines; or rows with a column `text`), or a list of strings. Text
+    of a data set or file is joined and cut into rows of max_length tokens; strings of a list stay as they are."""
     samples: PositiveInt = 256
-    """Rows, drawn with the recipe's seed from the training rows, rendered as in training."""
+    """Rows, drawn with the recipe's seed; all of them where there are fewer. What is mixed in comes on top."""
     max_length: PositiveInt = 2048
-    """Tokens per calibration row."""
+    """Tokens per calibration row: general text fills them, training rows and strings are cut there."""
     mix: Mix | None = None
-    """General text mixed in, against forgetting what the fine-tune does not use."""
+    """Rows of another kind mixed in, such as general text against forgetting what the fine-tune does not use."""
+
+
+class Refine(Section):
+    """Tuning of what the checkpoint holds beside its codes, after GPTQ, towards the merged model's predictions."""
+
+    steps: PositiveInt = 100
+    """Optimizer steps."""
+    tokens_per_step: PositiveInt = 4096
+    """Tokens of a step, padding included."""
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    """Of the relative change of scales, at its peak."""
+    norms: bool = True
+    """Tune the weights of norms too."""
+    norm_learning_rate: Annotated[float, Field(gt=0)] = 3e-4
+    """Of the relative change of norms, at its peak."""
+    samples: PositiveInt | None = None
+    """Rows to learn from, drawn as calibration rows are; null: the calibration rows themselves."""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the rows that is not learned from and decides whether the result is kept."""
+
+
+class ModuleSettings(Section):
+    """Settings of some modules, where they differ from those of the whole model."""
+
+    bits: Literal[2, 3, 4, 8] | None = None
+    """Bits per weight."""
+    group_size: Literal[-1, 32, 64, 128] | None = None
+    """Input channels that share a scale."""
+    sym: bool | None = None
+    """Symmetric codes."""
 
 
 class Quantize(Section):
+    engine: Literal["native", "gptqmodel"] = "native"
+    """What quantizes: qlora's own engine, or gptqmodel in the same process (needs qlora[gptq])."""
+    method: Literal["gptq", "awq"] = "gptq"
+    """GPTQ, or AWQ through gptqmodel (4 bits, sym: false)."""
     bits: Literal[2, 3, 4, 8] = 4
     """Bits per weight. Serving engines take 4 and 8."""
     group_size: Literal[-1, 32, 64, 128] = 128
@@ -216,8 +268,38 @@ class Quantize(Section):
     """Inside a layer, calibrate each group of linears on the already quantized ones before it."""
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the Hessian's mean diagonal added for stability; raised by itself where the Cholesky fails."""
+    asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """How far weights also make up for what quantization before them did to their inputs: 0 not at all, 1 fully."""
+    prompt_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Weight of positions that carried no loss in training, in GPTQ and in refinement; those that did weigh 1."""
+    refine: Refine | None = None
+    """Tune scales and norms after GPTQ; null: leave them as GPTQ chose them."""
+    modules: dict[str, ModuleSettings] = {}
+    """Regular expression, searched in full module names → settings that differ there. The first that matches counts."""
+    skip: list[str] = []
+    """Regular expressions, searched in full module names, of what stays in 16 bits. They come before `modules`."""
     calibration: Calibration = Calibration()
     """Where the calibration rows come from."""
+
+    @model_validator(mode="after")
+    def _method_fits(self) -> Quantize:
+        if self.method == "awq":
+            wrong = [
+                text
+                for text, holds in (
+                    ("engine: gptqmodel", self.engine == "gptqmodel"),
+                    ("bits: 4", self.bits == 4),
+                    ("sym: false (AWQ stores a zero point for every group, and engines expect it)", not self.sym),
+                    (
+                        "no modules and no skip (no reader of AWQ knows settings per module)",
+                        not (self.modules or self.skip),
+                    ),
+                )
+                if not holds
+            ]
+            if wrong:
+                raise ValueError(f"method: awq needs {'; '.join(wrong)}")
+        return self
 
 
 class Gates(Section):
@@ -230,7 +312,8 @@ class Gates(Section):
     exact_match: Annotated[float, Field(gt=0, le=1)] | None = None
     """Lowest share of generated answers that equal the reference (needs evaluate.generate)."""
     merge_kl: Annotated[float, Field(gt=0)] | None = 0.01
-    """Highest KL divergence from the trained to the merged model; more means the merge is not exact."""
+    """Highest KL divergence from the trained to the merged model; more means the merge is not exact. Does not apply
+    where the merged model is not measured (merge.write: false) or not meant to be exact (merge.base: original)."""
 
 
 class Evaluate(Section):
@@ -285,6 +368,14 @@ class Recipe(Section):
     def _gates_have_data(self) -> Recipe:
         if self.evaluate.gates.exact_match is not None and not self.evaluate.generate:
             raise ValueError("evaluate.gates.exact_match needs evaluate.generate: true")
+        return self
+
+    @model_validator(mode="after")
+    def _engine_has_weights(self) -> Recipe:
+        if self.quantize.engine == "gptqmodel" and not self.merge.write:
+            raise ValueError(
+                "quantize.engine: gptqmodel reads the merged weights from disk, so it needs merge.write: true"
+            )
         return self
 
     @property

@@ -12,14 +12,20 @@ from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from qlora.errors import Problem, UserError
 from qlora.paths import expand, packaged_recipes
-from qlora.recipe import Recipe
+from qlora.recipe import CALIBRATION_NAMES, Recipe
 
 Key = tuple[str | int, ...]
 # Keys whose value is a path relative to the file that names it.
-PATH_KEYS = (("model", "base"), ("data", "chat_template"), ("quantize", "calibration", "mix", "path"))
+PATH_KEYS = (
+    ("model", "base"),
+    ("data", "chat_template"),
+    ("quantize", "calibration", "from"),
+    ("quantize", "calibration", "mix", "from"),
+)
 
 
 @dataclass
@@ -181,6 +187,8 @@ def _resolve_paths(data: dict[Any, Any], folder: Path) -> None:
 
 
 def _resolved(text: str, folder: Path) -> str:
+    if text in CALIBRATION_NAMES:  # also where a file or folder happens to have that name
+        return text
     path = expand(text)
     candidate = folder / path
     looks_local = candidate.exists() or text.startswith((".", "~", "/", "$")) or Path(path).suffix in LOCAL_SUFFIXES
@@ -218,9 +226,17 @@ def _fields_at(loc: Key) -> list[str]:
     for part in loc:
         if isinstance(part, int) or model is None:
             continue
-        annotation = model.model_fields[part].annotation if part in model.model_fields else None
+        fields = _by_key(model)
+        if part not in fields:  # a key of the user's own, as in quantize.modules
+            continue
+        annotation = fields[part].annotation
         model = next((t for t in _nested(annotation) if isinstance(t, type) and issubclass(t, BaseModel)), None)
-    return list(model.model_fields) + (["extends"] if not loc else []) if model else []
+    return list(_by_key(model)) + (["extends"] if not loc else []) if model else []
+
+
+def _by_key(model: type[BaseModel]) -> dict[str, FieldInfo]:
+    """A section's fields by the key that recipes use."""
+    return {field.alias or name: field for name, field in model.model_fields.items()}
 
 
 def _nested(annotation: Any) -> list[Any]:

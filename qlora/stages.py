@@ -9,12 +9,17 @@ from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora.artifacts import file_digest, read_json, write_json
 from qlora.errors import Problem, UserError
 from qlora.paths import RunDir
-from qlora.recipe import Recipe
+from qlora.recipe import Calibration, Quantize, Recipe
+
+if TYPE_CHECKING:
+    from qlora.data.calibration import CalibrationRow
+    from qlora.models.checkpoint import TensorSource
+    from qlora.quantization import QuantizeReport
 
 Progress = Callable[[int, int, str], None]
 
@@ -66,15 +71,17 @@ class Run:
 
     def digests(self) -> dict[str, Any]:
         """Digests of what the recipe reads besides the base, by key, for fingerprints: content, not paths."""
+        from qlora.data.corpora import corpus_digest
         from qlora.data.sources import source_digest
 
-        data, mix = self.recipe.data, self.recipe.quantize.calibration.mix
+        data, calibration = self.recipe.data, self.recipe.quantize.calibration
         template = Path(data.chat_template) if data.chat_template else None
         return {
             "data.train": [source_digest(source) for source in data.train],
             "data.eval": source_digest(data.eval) if data.eval is not None else None,
             "data.chat_template": file_digest(template) if template and template.is_file() else data.chat_template,
-            "quantize.calibration.mix.path": file_digest(Path(mix.path)) if mix and Path(mix.path).is_file() else None,
+            "quantize.calibration.from": corpus_digest(calibration.from_),
+            "quantize.calibration.mix.from": corpus_digest(calibration.mix.from_) if calibration.mix else None,
         }
 
 
@@ -112,43 +119,87 @@ def merge(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
         base=section.base,
         dtype=DTYPES[section.dtype],
         device=run.device,
+        write_weights=section.write,
         max_shard_bytes=int(section.max_shard_gb * 1e9),
         progress=progress,
     )
     return asdict(report)
 
 
+def merged_source(run: Run) -> TensorSource:
+    """The merged model as a `TensorSource`: from its weights on disk, or computed where the recipe writes none."""
+    from qlora.merging import MergedSource
+    from qlora.models.checkpoint import CheckpointReader
+    from qlora.models.loading import DTYPES
+
+    section = run.recipe.merge
+    if section.write:
+        return CheckpointReader(run.dirs.merged)
+    return MergedSource(
+        run.base.directory,
+        run.dirs.adapter,
+        run.dirs.merged,
+        base=section.base,
+        dtype=DTYPES[section.dtype],
+        device=run.device,
+    )
+
+
 def quantize(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
-    from qlora.data.calibration import calibration_rows
-    from qlora.data.sources import load_texts
-    from qlora.quantization import GPTQSettings, quantize_checkpoint
+    from qlora.quantization import GPTQSettings
 
     assert output is not None
     section = run.recipe.quantize
-    calibration, mix = section.calibration, section.calibration.mix
-    rows = calibration_rows(
-        run.train_rows.rows,
-        samples=calibration.samples,
-        max_length=calibration.max_length,
-        seed=run.recipe.seed,
-        exclude=run.eval_rows.rows if run.eval_rows is not None else (),
-        mix=(load_texts(mix.path), mix.share) if mix is not None else None,
-        tokenizer=run.tokenizer,
-    )
-    settings = GPTQSettings(**section.model_dump(exclude={"calibration"}))
-    report = quantize_checkpoint(
-        run.dirs.merged,
-        output,
-        rows,
-        settings,
-        device=run.device,
-        progress=progress,
-        attn_implementation=run.recipe.model.attn_implementation,
-        trust_remote_code=run.recipe.model.trust_remote_code,
-    )
+    rows = _calibration_rows(run, section.calibration)
+    source = merged_source(run)
+    options: dict[str, Any] = {
+        "device": run.device,
+        "progress": progress,
+        "attn_implementation": run.recipe.model.attn_implementation,
+        "trust_remote_code": run.recipe.model.trust_remote_code,
+    }
+    report = _quantizer(section)(source, output, rows, GPTQSettings.from_recipe(section), **options)
     _release_memory()
-    tokens = sum(map(len, rows))
-    return asdict(report) | {"calibration_rows": len(rows), "calibration_tokens": tokens}
+    metrics = asdict(report) | {"calibration_rows": report.rows, "calibration_tokens": report.tokens}
+    if section.refine is not None:
+        metrics["refine"] = _refine(run, source, output, rows, options)
+    return metrics
+
+
+def _calibration_rows(run: Run, calibration: Calibration) -> list[CalibrationRow]:
+    from qlora.data.calibration import calibration_rows
+
+    held_out = run.eval_rows.rows if run.eval_rows is not None else ()
+    return calibration_rows(calibration, run.train_rows.rows, run.tokenizer, seed=run.recipe.seed, exclude=held_out)
+
+
+def _refine(
+    run: Run, source: TensorSource, output: Path, rows: list[CalibrationRow], options: dict[str, Any]
+) -> dict[str, Any]:
+    from qlora.quantization.refine import RefineSettings, refine_checkpoint
+
+    quantize = run.recipe.quantize
+    section = quantize.refine
+    assert section is not None
+    if section.samples is not None:
+        rows = _calibration_rows(run, quantize.calibration.model_copy(update={"samples": section.samples}))
+    settings = RefineSettings(
+        **section.model_dump(exclude={"samples"}), prompt_weight=quantize.prompt_weight, seed=run.recipe.seed
+    )
+    report = refine_checkpoint(source, output, rows, settings, **options)
+    _release_memory()
+    return asdict(report)
+
+
+def _quantizer(section: Quantize) -> Callable[..., QuantizeReport]:
+    """The engine that the recipe names; all are called alike."""
+    from qlora.quantization import quantize_checkpoint
+
+    if section.engine == "native":
+        return quantize_checkpoint
+    from qlora.quantization.external import quantize_with_gptqmodel
+
+    return partial(quantize_with_gptqmodel, method=section.method)
 
 
 def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
@@ -188,11 +239,18 @@ def _rungs(run: Run) -> list[Any]:
         Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),
         Rung(
             "gptq",
-            f"GPTQ, {run.recipe.quantize.bits} bits, group {run.recipe.quantize.group_size}",
+            _quantized_label(run.recipe.quantize),
             partial(load_gptq, run.dirs.gptq, dtype, device, **options),
         ),
     ]
-    return [rung for rung in rungs if quantized or rung.name != "nf4"]
+    left_out = {name for name, there in (("nf4", quantized), ("merged", run.recipe.merge.write)) if not there}
+    return [rung for rung in rungs if rung.name not in left_out]
+
+
+def _quantized_label(section: Quantize) -> str:
+    by = "" if section.engine == "native" else f" by {section.engine}"
+    mixed = ", some modules otherwise" if section.modules or section.skip else ""
+    return f"{section.method.upper()}{by}, {section.bits} bits, group {section.group_size}{mixed}"
 
 
 def failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
@@ -208,9 +266,9 @@ def failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
     ]
     problems = []
     for key, title, rung, figure, limit, relation in checks:
-        value = rungs[rung][figure]
-        if limit is None or (key == "merge_kl" and recipe.merge.base == "original"):
+        if limit is None or (key == "merge_kl" and (recipe.merge.base == "original" or not recipe.merge.write)):
             continue
+        value = rungs[rung][figure]
         shown = "not defined" if value is None else f"{value:.4f}"
         if value is None or (value > limit if relation == "at most" else value < limit):
             problems.append(
@@ -229,6 +287,15 @@ ADVICE = {
 }
 
 
+def ladder_notes(recipe: Recipe) -> list[str]:
+    """What the ladder of this recipe does not show, and why."""
+    if recipe.merge.write:
+        return []
+    note = "merged: not measured, because merge.write is false and it is not on disk; the gate merge_kl did not apply"
+    checked = "; every 4-bit code of the base was compared with that of training"
+    return [note + (checked if recipe.model.quantization != "none" else "")]
+
+
 def read_ladder(dirs: RunDir) -> dict[str, Any]:
     return read_json(dirs.evaluation / "ladder.json")
 
@@ -240,10 +307,12 @@ def summary(stage: str, metrics: dict[str, Any]) -> str:
         rate = f", {metrics['tokens_per_second']:,.0f} tok/s" if metrics["tokens_per_second"] else ""
         return f"{metrics['steps']} steps, loss {loss:.3f}{rate}"
     if stage == "merge":
-        return f"{metrics['merged_modules']} layers merged in fp32, base as trained"
+        done = "merged in fp32" if metrics["weights_written"] else "checked, no weights written"
+        return f"{metrics['merged_modules']} layers {done}, base as trained"
     if stage == "quantize":
         return f"{len(metrics['modules'])} layers, {metrics['calibration_tokens']:,} calibration tokens"
-    return f"KL of GPTQ to trained {metrics['gptq_kl']:.4f}, of merged {metrics['merged_kl']:.4f}"
+    merged = f"of merged {metrics['merged_kl']:.4f}" if "merged_kl" in metrics else "merged not measured"
+    return f"KL of GPTQ to trained {metrics['gptq_kl']:.4f}, {merged}"
 
 
 def _release_memory() -> None:

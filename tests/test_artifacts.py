@@ -31,6 +31,43 @@ def test_an_error_leaves_the_old_artefact_and_no_partial_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
+LEFT = """
+import os, pathlib, signal, sys
+from qlora.artifacts import atomic_directory
+with atomic_directory(pathlib.Path(sys.argv[1]), resume_key="recipe 1") as partial:
+    (partial / "layer0").write_text("done")
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("end", ["kill -9", "Ctrl-C"])
+def test_a_partial_folder_is_handed_to_whoever_continues_the_same_work(tmp_path, end):
+    target = tmp_path / "gptq"
+    if end == "kill -9":
+        subprocess.run([sys.executable, "-c", LEFT, str(target)])
+    else:
+        with pytest.raises(KeyboardInterrupt), atomic_directory(target, resume_key="recipe 1") as partial:
+            (partial / "layer0").write_text("done")
+            raise KeyboardInterrupt
+    assert not target.exists()
+    with atomic_directory(target, resume_key="recipe 1") as partial:
+        assert [path.name for path in partial.iterdir()] == ["layer0"]
+        (partial / "layer1").write_text("done")
+    assert sorted(path.name for path in target.iterdir()) == ["layer0", "layer1"]
+    assert [path.name for path in tmp_path.iterdir()] == ["gptq"]
+
+
+@pytest.mark.parametrize("key", ["recipe 2", None])
+def test_a_partial_folder_of_other_work_is_removed(tmp_path, key):
+    target = tmp_path / "gptq"
+    subprocess.run([sys.executable, "-c", LEFT, str(target)])
+    assert (tmp_path / "gptq.partial" / "layer0").exists()
+    with atomic_directory(target, resume_key=key) as partial:
+        assert not list(partial.iterdir())
+    with atomic_directory(target, resume_key="recipe 1") as partial:
+        assert not list(partial.iterdir()), "its work is finished or gone"
+
+
 def test_manifest_notices_missing_and_shortened_files(tmp_path):
     (tmp_path / "a").write_text("12345")
     files = manifest(tmp_path)

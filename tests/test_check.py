@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import sys
@@ -128,8 +129,8 @@ def test_all_problems_come_at_once_with_exit_code_2(make, data_dir: Path) -> Non
     assert raised.value.exit_code == 2
     text = str(raised.value)
     for expected in (
-        "group size 128",
-        "use 64 or 32 or -1",
+        "not divisible by the group size 128",
+        "choose quantize.group_size from 64, 32, -1",
         "no_such_field",
         "no_such_layer",
         "batch_size",
@@ -177,7 +178,41 @@ def test_rows_that_teach_nothing_are_problems(make) -> None:
     assert any("no token carries loss" in problem.what for problem in problems)
 
 
+def test_a_merge_without_weights_needs_no_disk(make) -> None:
+    written, direct = (
+        {stage.stage: stage for stage in check(make(merge={"write": write})).stages} for write in (True, False)
+    )
+    assert written["merge"].disk > 0 and direct["merge"].disk == 0
+    assert direct["quantize"].disk == written["quantize"].disk
+    assert direct["quantize"].seconds > written["quantize"].seconds, "it merges on the way"
+
+
 def test_a_recipe_without_held_out_rows_is_noted(make) -> None:
     report = check(make(data={"eval": None}))
     assert report.problems == []
     assert any("nothing will be measured" in warning.what for warning in report.warnings)
+
+
+def test_rules_for_modules_are_held_against_the_model(make) -> None:
+    report = check(make(quantize={"modules": {"down_proj": {"bits": 8}}, "skip": [r"layers\.1\.self_attn"]}))
+    assert report.problems == []
+    gpus = {verdict.engine for verdict in report.engines if verdict.accepts}
+    assert "vLLM" in gpus and "transformers + gptqmodel" not in gpus
+    problems = check(make(quantize={"modules": {"q_proj": {"bits": 8}}, "skip": ["lm_head"]})).problems
+    assert ["no module that is quantized" in problems[0].what, "as one module" in problems[1].what] == [True, True]
+
+
+def test_another_engine_is_looked_at_before_it_runs(make, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "gptqmodel" else find(name))
+    awq = check(make(quantize={"engine": "gptqmodel", "method": "awq", "sym": False, "damp": 0.05}))
+    linear = "model.layers.0.self_attn.k_proj"  # two heads of 16 outputs
+    assert [problem.where for problem in awq.problems] == [linear, "quantize.damp", "quantize.engine"]
+    awq = check(make(quantize={"engine": "gptqmodel", "method": "awq", "sym": False}))
+    assert "ExLlamaV2" not in {verdict.engine for verdict in awq.engines}
+    assert any("no counterpart for act_order" in warning.what for warning in awq.warnings)
+
+
+def test_general_text_that_cannot_be_had_is_a_problem_before_it_is_needed(make) -> None:
+    (problem,) = check(make(quantize={"calibration": {"from": "wikitext2"}})).problems
+    assert problem.where.startswith("hub data set Salesforce/wikitext") and "name a text file instead" in problem.fix

@@ -112,8 +112,9 @@ def test_the_content_of_calibration_text_and_templates_counts_not_their_paths(
     text, template = tmp_path / "general.txt", tmp_path / "chat.jinja"
     text.write_text("The river bends twice before it meets the sea.\n\n" * 20)
     template.write_text((tiny_model / "chat_template.jinja").read_text())
-    mix = f"quantize.calibration.mix={{path: {text}, share: 0.25}}"
-    path, overrides = tiny_recipe(), [mix, f"data.chat_template={template}"]
+    mix = f"quantize.calibration.mix={{from: {text}, share: 0.25}}"
+    short_rows = {"group_size": 32, "calibration": {"samples": 8, "max_length": 64}}
+    path, overrides = tiny_recipe(quantize=short_rows), [mix, f"data.chat_template={template}"]
     run(path, *overrides)
     moved = text.rename(tmp_path / "moved.txt")
     capsys.readouterr()
@@ -122,7 +123,7 @@ def test_the_content_of_calibration_text_and_templates_counts_not_their_paths(
     moved.write_text("Twelve apples and three pears make fifteen fruits.\n\n" * 20)
     run(path, mix.replace(str(text), str(moved)), overrides[1])
     output = capsys.readouterr().out
-    assert "quantize   runs again because quantize.calibration.mix.path changed" in output
+    assert "quantize   runs again because quantize.calibration.mix.from changed" in output
     assert "train      up to date" in output
     template.write_text(template.read_text() + "{# a comment #}")
     run(path, mix.replace(str(text), str(moved)), overrides[1])
@@ -184,6 +185,53 @@ def test_kill_9_in_a_stage_then_run_again_ends_with_the_same_bytes(finished, sta
     assert not list(run_dir.glob("*.partial"))
     if stage == "train":
         assert read_json(run_dir / "lineage.json")["stages"]["train"]["metrics"]["resumed_from"] is not None
+
+
+@pytest.mark.parametrize("change", [[], ["quantize.bits=8"]], ids=["the same recipe", "another recipe"])
+def test_what_an_interrupted_quantize_left_goes_to_the_same_work_only(finished, change, tmp_path):
+    path, whole, _ = finished
+    run_dir = tmp_path / "whole"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora", "run", str(path), f"output_dir={tmp_path}"],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not (run_dir / "gptq.partial").exists():
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (run_dir / "gptq.partial" / "left").touch()
+    run(path, f"output_dir={tmp_path}", *change)
+    assert (run_dir / "gptq" / "left").exists() == (not change)
+    assert not [file for file in run_dir.iterdir() if "partial" in file.name]
+    if not change:
+        (run_dir / "gptq" / "left").unlink()
+        assert weights(run_dir) == weights(whole)
+
+
+def test_without_merged_weights_gptq_is_the_same_and_the_ladder_says_what_it_lacks(tiny_recipe, capsys):
+    """In float32 throughout, where writing the merged model rounds nothing either."""
+    path, exact = tiny_recipe(), ["model.compute_dtype=float32", "merge.dtype=float32"]
+    run_dir = run(path, *exact)
+    written = weights(run_dir)
+    capsys.readouterr()
+    run(path, *exact, "merge.write=false", "evaluate.gates.merge_kl=1.0e-9")
+    output = " ".join(capsys.readouterr().out.split())
+    assert "merge runs again because merge.write changed" in output and "train up to date" in output
+    assert "merged: not measured, because merge.write is false" in output and "merge_kl did not apply" in output
+    assert not list(run_dir.rglob("merged/*.safetensors")) and (run_dir / "merged" / "tokenizer.json").is_file()
+    ladder = read_json(run_dir / "evaluation" / "ladder.json")
+    assert [rung["name"] for rung in ladder["rungs"]] == ["base", "nf4", "trained", "gptq"]
+    direct = weights(run_dir)
+    assert direct == {name: digest for name, digest in written.items() if name in direct}
+    assert "gptq/model.safetensors" in direct
+    # The adapter changes and nothing in merged/ does: GPTQ must notice all the same.
+    run(path, *exact, "merge.write=false", "train.learning_rate=0.02")
+    after = weights(run_dir)
+    assert after["merged/config.json"] == direct["merged/config.json"]
+    assert after["gptq/model.safetensors"] != direct["gptq/model.safetensors"]
 
 
 def test_ctrl_c_ends_with_130_within_seconds_and_the_run_continues(finished, tmp_path):

@@ -81,6 +81,10 @@ def test_extends_in_a_circle_and_a_missing_parent(tmp_path):
         (GOOD + "train: {args: {bf16: true, output_dir: x}}\n", "use model.compute_dtype"),
         (GOOD + "evaluate: {gates: {exact_match: 0.5}}\n", "evaluate.generate"),
         ("model: {base: a}\n", "name is missing"),
+        (GOOD + "quantize: {method: awq}\n", "method: awq needs engine: gptqmodel; sym: false"),
+        (GOOD + "quantize: {engine: gptqmodel}\nmerge: {write: false}\n", "needs merge.write: true"),
+        (GOOD + "quantize: {calibration: {path: a.txt}}\n", "known here: from, samples, max_length, mix"),
+        (GOOD + "quantize: {modules: {mlp: {bit: 8}}}\n", "did you mean bits?"),
     ],
 )
 def test_what_is_wrong_is_said(tmp_path, text, message):
@@ -102,6 +106,18 @@ def test_cache_variable_in_a_path(tmp_path, monkeypatch):
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
     recipe = load_recipe(write(tmp_path, GOOD.replace("org/model", "'${QLORA_CACHE}/models/x.gguf'")))
     assert recipe.model.base == str(tmp_path / "cache" / "models" / "x.gguf")
+
+
+def test_calibration_text_is_a_file_beside_the_recipe_or_a_name(tmp_path):
+    (tmp_path / "wikitext2").mkdir()  # a folder of that name changes nothing
+    (tmp_path / "general.txt").write_text("text")
+    text = "quantize: {calibration: {from: wikitext2, mix: {from: general.txt, share: 0.1}}}\n"
+    calibration = load_recipe(write(tmp_path, GOOD + text)).quantize.calibration
+    assert (calibration.from_, calibration.mix.from_) == ("wikitext2", str(tmp_path / "general.txt"))
+    listed = load_recipe(write(tmp_path, GOOD), ["quantize.calibration.from=[one, two]"]).quantize.calibration
+    assert listed.from_ == ["one", "two"]
+    resolved = dump_recipe(load_recipe(write(tmp_path, GOOD + text)))
+    assert load_recipe(write(tmp_path, resolved, "resolved.yaml")).quantize.calibration == calibration
 
 
 def test_every_key_of_the_schema_says_what_it_does():

@@ -1,85 +1,147 @@
-"""Draws the token rows that GPTQ calibrates on: rendered training rows, and a share of general text if asked for.
+"""Draws the token rows that quantization calibrates on: rendered training rows, general text, or a mix of both.
 
 Calibrating on the task alone costs general ability, and on general text alone costs the task; a mix is the recipe's
-knob. Rows are whole and unpadded: a pad token in a Hessian is an activation that serving never sees.
+knob. Rows are unpadded: a pad token in a Hessian is an activation that serving never sees.
+
+How long rows are: training rows and strings of a list keep their length, cut at `max_length`; general text is joined
+and fills `max_length`, since it has no length of its own. A mix counts tokens, since its rows are of other lengths.
 """
 
 from __future__ import annotations
 
 import random
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data.rendering import RenderedRow
+from qlora.data.corpora import corpus_texts
+from qlora.data.rendering import IGNORED, RenderedRow
 from qlora.data.templates import adds_bos
 from qlora.errors import UserError
+from qlora.recipe import Calibration
 
 _CHARACTERS_PER_TOKEN = 16  # more than any text needs, so that a window of it always holds enough tokens
 
 
+@dataclass(frozen=True)
+class CalibrationRow:
+    """A row to calibrate on, without padding."""
+
+    input_ids: tuple[int, ...]
+    loss: tuple[bool, ...] | None = None
+    """Per position, whether the prediction made there (of the next token) was trained on; never at the last position.
+    None for text that is not from the training rows, where every position counts."""
+
+
 def calibration_rows(
+    section: Calibration,
     train: Sequence[RenderedRow],
-    *,
-    samples: int,
-    max_length: int,
-    seed: int,
     tokenizer: PreTrainedTokenizerBase,
+    *,
+    seed: int,
     exclude: Sequence[RenderedRow] = (),
-    mix: tuple[Sequence[str], float] | None = None,
-) -> list[list[int]]:
-    """Token ids of `samples` calibration rows of at most `max_length` tokens each; the same for the same seed.
+) -> list[CalibrationRow]:
+    """The rows that a recipe's `quantize.calibration` asks for; the same for the same seed.
 
-    train: rendered rows of the training split; duplicates count once. If there are fewer than asked for, all are taken,
-        and general text shrinks with them, so that its share holds.
-    exclude: rendered evaluation rows; a training row with the same tokens is not used.
-    mix: general texts and the share (0 to 1) of rows made of them. Their lengths follow those of the training rows.
+    train: rendered rows of the training split; duplicates count once. exclude: rendered evaluation rows; a training row
+    with the same tokens is not used. Where there are fewer rows than asked for, all are taken, and the mix shrinks with
+    them, so that its share holds.
 
-    Raises `UserError` when no row is left after the exclusion, or when the general text is too short.
+    Raises `UserError` when nothing is left to draw from, when a text is too short, or cannot be read.
     """
-    held_out = {tuple(row.input_ids) for row in exclude}
-    candidates = [ids for ids in dict.fromkeys(tuple(row.input_ids) for row in train) if ids not in held_out]
-    if not candidates:
-        raise UserError(
-            "no training row is left to calibrate on: all of them are evaluation rows too",
-            where="quantize.calibration",
-            fix="evaluate on rows that are not trained on",
-        )
-    rng = random.Random(seed)
-    wanted_general = round(samples * mix[1]) if mix else 0
-    wanted_task = samples - wanted_general
-    task = [list(ids[:max_length]) for ids in rng.sample(candidates, min(wanted_task, len(candidates)))]
-    if mix is None:
-        return task
-    general = round(wanted_general * len(task) / wanted_task) if wanted_task else wanted_general
-    lengths = [min(len(ids), max_length) for ids in rng.choices(candidates, k=general)]
-    rows = task + _general_rows(mix[0], lengths, tokenizer, rng)
-    rng.shuffle(rows)
+    draw = _Draw(train, exclude, tokenizer, section.max_length, random.Random(seed))
+    rows = draw.rows(section.from_, section.samples)
+    if section.mix is not None:
+        tokens = sum(len(row.input_ids) for row in rows)
+        rows += draw.tokens(section.mix.from_, tokens * section.mix.share / (1 - section.mix.share))
+        draw.rng.shuffle(rows)
     return rows
 
 
-def _general_rows(
-    texts: Sequence[str], lengths: Sequence[int], tokenizer: PreTrainedTokenizerBase, rng: random.Random
-) -> list[list[int]]:
-    """One row of each length, from windows spread evenly over the texts; each starts at a line or a word."""
-    corpus = "\n\n".join(texts)
-    prefix = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
-    rows = []
-    for index, length in enumerate(lengths):
-        # One window in each equal stretch of the corpus, so that windows differ as long as the corpus allows it.
-        first, last = (len(corpus) * step // len(lengths) for step in (index, index + 1))
-        needed = length * _CHARACTERS_PER_TOKEN
-        start = _next_boundary(corpus, min(rng.randrange(first, max(first + 1, last)), max(0, len(corpus) - needed)))
-        ids = tokenizer(corpus[start : start + needed], add_special_tokens=False, verbose=False)["input_ids"]
-        row = (prefix + ids)[:length]
-        if len(row) < length:
+@dataclass(frozen=True)
+class _Draw:
+    """Draws rows of each kind, with one generator for all of them."""
+
+    train: Sequence[RenderedRow]
+    exclude: Sequence[RenderedRow]
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+    rng: random.Random
+
+    def rows(self, source: str | Sequence[str], count: int) -> list[CalibrationRow]:
+        """`count` rows of a kind that `quantize.calibration.from` names, or all there are."""
+        if source == "train":
+            return self._train_rows(count)
+        if isinstance(source, str):
+            return self._windows(source, count)
+        return self._strings(source, count)
+
+    def tokens(self, source: str | Sequence[str], wanted: float) -> list[CalibrationRow]:
+        """As many rows of a kind as come closest to `wanted` tokens, at least one, or all there are."""
+        if isinstance(source, str) and source != "train":
+            return self._windows(source, max(1, round(wanted / self.max_length)))
+        found: list[CalibrationRow] = []
+        for row in self.rows(source, sys.maxsize):
+            if found and wanted < len(row.input_ids) / 2:
+                break
+            found.append(row)
+            wanted -= len(row.input_ids)
+        return found
+
+    def _train_rows(self, count: int) -> list[CalibrationRow]:
+        held_out = {tuple(row.input_ids) for row in self.exclude}
+        distinct = {tuple(row.input_ids): row for row in reversed(self.train)}
+        candidates = [row for ids, row in reversed(distinct.items()) if ids not in held_out]
+        if not candidates:
             raise UserError(
-                f"the general text is too short: {len(corpus)} characters, and a calibration row needs {length} tokens",
-                where="quantize.calibration.mix",
-                fix="give more text, or lower quantize.calibration.max_length",
+                "no training row is left to calibrate on: all of them are evaluation rows too",
+                where="quantize.calibration",
+                fix="evaluate on rows that are not trained on",
             )
-        rows.append(row)
-    return rows
+        drawn = self.rng.sample(candidates, min(count, len(candidates)))
+        return [calibration_row(row, self.max_length) for row in drawn]
+
+    def _strings(self, texts: Sequence[str], count: int) -> list[CalibrationRow]:
+        encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        empty = [repr(text) for text, ids in zip(texts, encoded, strict=True) if not ids]
+        if empty:
+            raise UserError(f"a text without tokens: {empty[0]}", "quantize.calibration", "leave it out")
+        drawn = self.rng.sample(encoded, min(count, len(encoded)))
+        return [CalibrationRow(tuple((self._prefix + ids)[: self.max_length]), None) for ids in drawn]
+
+    def _windows(self, name: str, count: int) -> list[CalibrationRow]:
+        """Rows of `max_length` tokens, from windows spread evenly over the corpus; each starts at a line or a word."""
+        corpus = "\n\n".join(corpus_texts(name))
+        needed = self.max_length * _CHARACTERS_PER_TOKEN
+        latest = max(0, len(corpus) - needed)
+        rows = []
+        for index in range(count):
+            # One window in each equal stretch of the corpus, so that windows differ as long as the corpus allows it.
+            first, last = (latest * step // count for step in (index, index + 1))
+            start = _next_boundary(corpus, self.rng.randrange(first, max(first + 1, last)))
+            text = corpus[start : start + needed]
+            ids = self._prefix + self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+            if len(ids) < self.max_length:
+                raise UserError(
+                    f"{name} is too short: {len(corpus)} characters, and a row needs {self.max_length} tokens",
+                    where="quantize.calibration",
+                    fix="give more text, or lower quantize.calibration.max_length",
+                )
+            rows.append(CalibrationRow(tuple(ids[: self.max_length]), None))
+        return rows
+
+    @property
+    def _prefix(self) -> list[int]:
+        return [self.tokenizer.bos_token_id] if adds_bos(self.tokenizer) else []
+
+
+def calibration_row(row: RenderedRow, max_length: int) -> CalibrationRow:
+    """A rendered row, cut at `max_length`, with the positions whose prediction carries loss."""
+    ids = row.input_ids[:max_length]
+    loss = [label != IGNORED for label in row.labels[1 : len(ids)]]
+    return CalibrationRow(tuple(ids), (*loss, False))
 
 
 def _next_boundary(text: str, start: int) -> int:

@@ -1,4 +1,4 @@
-"""The serving contract: which inference engines will load a GPTQ checkpoint, on how many GPUs, and why not.
+"""The serving contract: which inference engines will load a GPTQ or AWQ checkpoint, on how many GPUs, and why not.
 
 Known before anything is quantized: it follows from the settings and the shapes of the linear layers. The rules were
 read in the engines' sources at the versions named.
@@ -29,6 +29,7 @@ class Settings(Protocol):
     def sym(self) -> bool: ...
     @property
     def desc_act(self) -> bool: ...
+    def for_module(self, name: str) -> Settings | None: ...
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,16 @@ class EngineRule:
     """Whether groups may be assigned to inputs in activation order."""
     whole_groups: bool = False
     """Whether every rank's inputs must be a multiple of the group size."""
+    skips: bool = True
+    """Whether modules of the decoder layers may be left in 16 bits."""
+    overrides: bool = True
+    """Whether modules may differ in their settings."""
     tensor_parallel: tuple[int, ...] = (1,)
     note: str = ""
     """What a user must know even where the checkpoint is accepted."""
 
 
-RULES = (
+GPTQ_RULES = (
     EngineRule("vLLM", "0.33", (4, 8), whole_groups=True, tensor_parallel=TENSOR_PARALLEL),
     EngineRule("SGLang (Marlin)", "0.5.23", (4, 8), whole_groups=True, tensor_parallel=TENSOR_PARALLEL),
     EngineRule(
@@ -63,7 +68,8 @@ RULES = (
         tensor_parallel=TENSOR_PARALLEL,
         note="fp16 only, and marked for removal",
     ),
-    EngineRule("transformers + gptqmodel", "5 + 7.6", (2, 3, 4, 8), asymmetric=True, desc_act=True),
+    EngineRule("gptqmodel", "7.6", (2, 3, 4, 8), asymmetric=True, desc_act=True),
+    EngineRule("transformers + gptqmodel", "5 + 7.6", (2, 3, 4, 8), asymmetric=True, desc_act=True, overrides=False),
     EngineRule("ExLlamaV2", "0.3.2", (4,), asymmetric=True, desc_act=True),
     EngineRule(
         "AutoGPTQ",
@@ -71,9 +77,21 @@ RULES = (
         (2, 3, 4, 8),
         asymmetric=True,
         desc_act=True,
+        skips=False,
+        overrides=False,
         note="archived; needs transformers 4, and loses tied embeddings on load",
     ),
 )
+
+
+# ExLlamaV2 and AutoGPTQ read no AWQ.
+AWQ_RULES = (
+    EngineRule("vLLM", "0.33", (4,), asymmetric=True, whole_groups=True, tensor_parallel=TENSOR_PARALLEL),
+    EngineRule("SGLang (Marlin)", "0.5.23", (4,), asymmetric=True, whole_groups=True, tensor_parallel=TENSOR_PARALLEL),
+    EngineRule("gptqmodel", "7.6", (4,), asymmetric=True),
+    EngineRule("transformers + gptqmodel", "5 + 7.6", (4,), asymmetric=True),
+)
+RULES = {"gptq": GPTQ_RULES, "awq": AWQ_RULES}
 
 
 @dataclass(frozen=True)
@@ -88,14 +106,15 @@ class EngineVerdict:
 
 
 def engine_support(
-    settings: Settings, shapes: Sequence[LinearShape], *, attention_heads: int | None = None
+    settings: Settings, shapes: Sequence[LinearShape], *, method: str = "gptq", attention_heads: int | None = None
 ) -> list[EngineVerdict]:
     """A verdict per engine and number of GPUs that the engine can be asked for.
 
-    `attention_heads` (of the model) must be divisible by the number of GPUs; None leaves that out.
+    `shapes`: all linears that could be quantized; `settings.for_module` says what becomes of each. `method`: `gptq`
+    or `awq`. `attention_heads` (of the model) must be divisible by the number of GPUs; None leaves that out.
     """
     verdicts = []
-    for rule in RULES:
+    for rule in RULES[method]:
         for ranks in rule.tensor_parallel:
             reasons = _refusals(rule, settings, shapes, ranks, attention_heads)
             verdicts.append(
@@ -104,15 +123,28 @@ def engine_support(
     return verdicts
 
 
-def fitting_group_sizes(shapes: Sequence[LinearShape]) -> list[int]:
-    """Group sizes, largest first, that divide the inputs of every linear. −1 (one group per layer) always fits."""
-    inputs = {shape.in_features for shape in shapes}
-    return [size for size in sorted(GROUP_SIZES, reverse=True) if not any(count % size for count in inputs)]
-
-
 def _refusals(
     rule: EngineRule, settings: Settings, shapes: Sequence[LinearShape], ranks: int, attention_heads: int | None
 ) -> list[str]:
+    reasons = []
+    alike: dict[Settings, list[LinearShape]] = {}
+    for shape in shapes:
+        own = settings.for_module(shape.name)
+        if own is not None:
+            alike.setdefault(own, []).append(shape)
+        elif not rule.skips and (what := "quantizes every linear of a layer") not in reasons:
+            reasons.append(what)
+    if len(alike) > 1 and not rule.overrides:
+        reasons.append("takes the same settings for all modules only")
+    for own, same in alike.items():
+        reasons += [reason for reason in _settings_refused(rule, own, same, ranks) if reason not in reasons]
+    if attention_heads is not None and attention_heads % ranks:
+        reasons.append(f"{attention_heads} attention heads cannot be divided by {ranks}")
+    return reasons
+
+
+def _settings_refused(rule: EngineRule, settings: Settings, shapes: Sequence[LinearShape], ranks: int) -> list[str]:
+    """Why linears of these shapes are refused with settings that hold for all of them."""
     reasons = []
     if settings.bits not in rule.bits:
         reasons.append(f"takes {_either(rule.bits)} bits, not {settings.bits}")
@@ -122,8 +154,6 @@ def _refusals(
         reasons.append("takes symmetric codes only (sym: true)")
     if settings.desc_act and settings.group_size != -1 and not rule.desc_act:
         reasons.append("takes groups in the order of inputs only (desc_act: false)")
-    if attention_heads is not None and attention_heads % ranks:
-        reasons.append(f"{attention_heads} attention heads cannot be divided by {ranks}")
     if rule.whole_groups and settings.group_size != -1:
         reasons += _broken_groups(settings.group_size, shapes, ranks)
     return reasons

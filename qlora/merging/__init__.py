@@ -1,5 +1,6 @@
 """The exact merge of a trained adapter into the base it was trained on."""
 
 from qlora.merging.merge import MergeReport, merge_adapter
+from qlora.merging.source import MergedSource
 
-__all__ = ["MergeReport", "merge_adapter"]
+__all__ = ["MergeReport", "MergedSource", "merge_adapter"]

@@ -1,7 +1,7 @@
 """A PEFT LoRA adapter as it lies on disk: every setting and every tensor of it understood, or refused by name.
 
-The adapter is read as tensors, without building a model, so that nothing of it can be lost in silence: each tensor is
-taken exactly once, and one that nobody understands is an error.
+The adapter is read as tensors, without building a model, so that nothing of it can be lost in silence: a tensor
+that nobody understands is an error, and so is one that a merge did not take.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ WITHOUT_EFFECT = {
     "ensure_weight_tying",
     "eva_config",
     "exclude_modules",
+    "fan_in_fan_out",  # base.json says which layers are stored transposed
     "inference_mode",
     "layers_pattern",
     "layers_to_transform",
@@ -119,7 +120,7 @@ class Adapter:
     def weight_update(self, module: str, shape: tuple[int, ...], device: str) -> LowRankUpdate:
         """The change of a module's weight, which has this shape. Raises UserError if the tensors do not fit."""
         tensors = {
-            part: self._take(key).to(device, torch.float32) for part, key in self.lora[module].items() if part != "bias"
+            part: self._take(key).to(device, torch.float64) for part, key in self.lora[module].items() if part != "bias"
         }
         if "embedding_A" in tensors:
             # PEFT holds them for the transposed weight: A is [R, vocabulary], B is [hidden, R].
@@ -147,7 +148,7 @@ class Adapter:
             raise RuntimeError(f"the merge left out {sorted(self._untaken)}")
 
     def _take(self, key: str) -> torch.Tensor:
-        self._untaken.remove(key)
+        self._untaken.discard(key)
         return self._reader.read(key)
 
     def _sort_tensors(self) -> None:

@@ -23,6 +23,8 @@ class MergedTensor:
     parameter: str
     """Its name in the trained model (that of the base's tensor where the merge only copies)."""
     spec: TensorSpec
+    transposed: bool = False
+    """Whether it is stored as [in, out], a weight of GPT-2's Conv1D."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,24 @@ def plan_merge(reader: CheckpointReader, provenance: Provenance, adapter: Adapte
     Raises UserError, with all problems, if parameters have no tensor in the base or other shapes.
     """
     stored = reader.names()
-    ties = [_Tie.of(group, adapter, stored) for group in provenance.tied]
+    present = set(stored)
+
+    def as_stored(parameter: str) -> str:
+        return parameter if parameter in present else provenance.renamed.get(parameter, parameter)
+
+    ties = [
+        _Tie.of(group, adapter, {name for name in group if as_stored(name) in present}) for group in provenance.tied
+    ]
     tied = {parameter for tie in ties for parameter in tie.parameters}
     wanted = {f"{module}.weight" for module in provenance.quantized} | set(adapter.parameters())
     wanted = (wanted - tied) | {tie.stored_as for tie in ties}
-    sources = tensor_names(sorted(wanted), stored, reader.directory)
+    found = tensor_names(sorted(map(as_stored, wanted)), stored, reader.directory)
+    sources = {parameter: found[as_stored(parameter)] for parameter in wanted}
     _check_shapes(reader, provenance, adapter, sources, ties)
 
     parameters = {source: parameter for parameter, source in sources.items()}
     tie_of = {sources[tie.stored_as]: tie for tie in ties}
-    duplicates = {parameter for tie in ties for parameter in tie.parameters if parameter != tie.stored_as}
+    duplicates = {as_stored(parameter) for tie in ties for parameter in tie.parameters if parameter != tie.stored_as}
     tensors: list[MergedTensor] = []
     for source in stored:
         if source in duplicates:
@@ -57,12 +67,13 @@ def plan_merge(reader: CheckpointReader, provenance: Provenance, adapter: Adapte
         parameter = parameters.get(source, source)
         outputs = {source: parameter}
         if source in tie_of and tie_of[source].broken:
-            outputs |= {other: other for other in tie_of[source].parameters if other != parameter}
+            outputs |= {as_stored(other): other for other in tie_of[source].parameters if other != parameter}
         for name, parameter in outputs.items():
-            changed = adapter.changes(parameter) or parameter.removesuffix(".weight") in provenance.quantized
+            module = parameter.removesuffix(".weight")
             own = reader.spec(source)
-            spec = TensorSpec(dtype, own.shape) if changed else own
-            tensors.append(MergedTensor(name, source, parameter, spec))
+            spec = TensorSpec(dtype, own.shape) if adapter.changes(parameter) or module in provenance.quantized else own
+            transposed = parameter.endswith(".weight") and module in provenance.transposed
+            tensors.append(MergedTensor(name, source, parameter, spec, transposed))
     return MergePlan(tensors, untied=any(tie.broken for tie in ties))
 
 
@@ -77,9 +88,8 @@ class _Tie:
     """Whether the adapter changes one of them, so that they are no longer equal."""
 
     @classmethod
-    def of(cls, parameters: list[str], adapter: Adapter, stored: list[str]) -> _Tie:
-        names = set(stored)
-        stored_as = next((parameter for parameter in parameters if parameter in names), parameters[0])
+    def of(cls, parameters: list[str], adapter: Adapter, stored: set[str]) -> _Tie:
+        stored_as = next((parameter for parameter in parameters if parameter in stored), parameters[0])
         return cls(parameters, stored_as, any(adapter.changes(parameter) for parameter in parameters))
 
 
@@ -94,8 +104,8 @@ def _check_shapes(
         if spec.dtype not in (torch.bfloat16, torch.float16, torch.float32):
             fix = "merge into the 16-bit base"
             problems.append(Problem(f"{module} is stored as {spec.dtype}: quantized already", where, fix))
-        elif spec.shape != codes.shape:
-            what = f"{module} has the shape {list(spec.shape)}, training saw {list(codes.shape)}"
+        elif (expected := codes.shape[::-1] if module in provenance.transposed else codes.shape) != spec.shape:
+            what = f"{module} has the shape {list(spec.shape)}, training saw {list(expected)}"
             problems.append(Problem(what, where, f"merge into {provenance.base_id}"))
     for parameter, key in adapter.replacements.items():
         shape = reader.spec(sources[stored_as.get(parameter, parameter)]).shape

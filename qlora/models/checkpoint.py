@@ -13,10 +13,11 @@ import math
 import os
 import shutil
 import struct
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 import torch
 
@@ -57,6 +58,25 @@ class TensorSpec:
     def nbytes(self) -> int:
         """Size of the data in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """The tensors of one model, whether they lie on disk or are computed when they are read."""
+
+    directory: Path
+    """Holds config.json and tokenizer; not necessarily any weights."""
+
+    def names(self) -> list[str]:
+        """All tensor names, in the order in which they are best read."""
+        ...
+
+    def spec(self, name: str) -> TensorSpec:
+        """Dtype and shape of a tensor, without reading it. Raises KeyError for an unknown name."""
+        ...
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU, in memory of its own; from any thread. Raises KeyError for an unknown name."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -109,27 +129,36 @@ class CheckpointWriter:
 
     Files are named as transformers names them. The same plan and tensors give the same bytes, whatever the order of
     `write`. A context manager: leaving it normally closes, and closing raises if a planned tensor was never written.
-    Raises WillNotFit when the disk has too little space for the plan.
+
+    written: tensors that an earlier writer of the same plan, which was interrupted, is known to have written; its files
+    are then continued. Raises WillNotFit when the disk has too little space for what is left of the plan, UserError
+    when the directory does not hold the files of that earlier writer.
     """
 
     def __init__(
-        self, directory: Path, plan: Mapping[str, TensorSpec], max_shard_bytes: int = DEFAULT_SHARD_BYTES
+        self,
+        directory: Path,
+        plan: Mapping[str, TensorSpec],
+        max_shard_bytes: int = DEFAULT_SHARD_BYTES,
+        *,
+        written: Collection[str] = (),
     ) -> None:
         self.directory = Path(directory)
+        needed = total_bytes(plan) - sum(plan[name].nbytes for name in written)
         free = shutil.disk_usage(self.directory).free
-        if total_bytes(plan) > free:
+        if needed > free:
             raise WillNotFit(
-                f"{total_bytes(plan) / 1e9:.1f} GB of weights, {free / 1e9:.1f} GB free on the disk",
+                f"{needed / 1e9:.1f} GB of weights to write, {free / 1e9:.1f} GB free on the disk",
                 where=str(self.directory),
                 fix="free some space, or choose another output directory",
             )
         self._locations: dict[str, _Location] = {}
         self._descriptors: dict[Path, int] = {}
-        self._missing = set(plan)
+        self._missing = set(plan) - set(written)
         shards = _split_into_shards(plan, max_shard_bytes)
         for number, shard in enumerate(shards, start=1):
             name = WEIGHTS_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            self._start_shard(self.directory / name, shard)
+            self._open_shard(self.directory / name, shard, continued=bool(written))
         if len(shards) > 1:
             self._write_index(plan)
 
@@ -173,7 +202,7 @@ class CheckpointWriter:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def _start_shard(self, path: Path, shard: Mapping[str, TensorSpec]) -> None:
+    def _open_shard(self, path: Path, shard: Mapping[str, TensorSpec], *, continued: bool) -> None:
         # Widest dtype first, as the safetensors library sorts, keeps every tensor aligned to its own element size.
         ordered = sorted(shard.items(), key=lambda item: -item[1].dtype.itemsize)
         header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -192,10 +221,14 @@ class CheckpointWriter:
         for name, spec in ordered:
             self._locations[name] = _Location(path, offset, spec)
             offset += spec.nbytes
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        head = struct.pack("<Q", len(text)) + text
+        if continued:
+            _check_head(path, head, data_start + end)
+        descriptor = os.open(path, os.O_WRONLY | (0 if continued else os.O_CREAT | os.O_TRUNC), 0o644)
         self._descriptors[path] = descriptor
-        _write_at(descriptor, memoryview(struct.pack("<Q", len(text)) + text), 0)
-        os.ftruncate(descriptor, data_start + end)
+        if not continued:
+            _write_at(descriptor, memoryview(head), 0)
+            os.ftruncate(descriptor, data_start + end)
 
     def _write_index(self, plan: Mapping[str, TensorSpec]) -> None:
         weight_map = {name: location.file.name for name, location in self._locations.items()}
@@ -207,6 +240,28 @@ class CheckpointWriter:
 def total_bytes(plan: Mapping[str, TensorSpec]) -> int:
     """Bytes of data of all tensors of a plan, headers aside."""
     return sum(spec.nbytes for spec in plan.values())
+
+
+def overwrite_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Replace the values of tensors of a checkpoint in place; every other byte of its files stays.
+
+    Raises KeyError for an unknown name, ValueError for another dtype or shape; then nothing is written.
+    """
+    locations = _locate_tensors(directory)
+    for name, tensor in tensors.items():
+        found = TensorSpec(tensor.dtype, tuple(tensor.shape))
+        if found != locations[name].spec:
+            raise ValueError(f"{name}: the file has {locations[name].spec}, got {found}")
+    descriptors = {file: os.open(file, os.O_WRONLY) for file in {locations[name].file for name in tensors}}
+    try:
+        for name, tensor in tensors.items():
+            data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+            _write_at(descriptors[locations[name].file], data.numpy().data, locations[name].offset)
+        for descriptor in descriptors.values():
+            os.fsync(descriptor)
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
 
 
 def copy_side_files(source: Path, destination: Path, *, drop_quantization_config: bool = False) -> None:
@@ -253,6 +308,19 @@ def _split_into_shards(plan: Mapping[str, TensorSpec], max_shard_bytes: int) -> 
         shards[-1][name] = spec
         filled += spec.nbytes
     return shards
+
+
+def _check_head(path: Path, head: bytes, size: int) -> None:
+    """Raise UserError unless the file begins with this header and has this size."""
+    if path.is_file() and path.stat().st_size == size:
+        with open(path, "rb") as file:
+            if file.read(len(head)) == head:
+                return
+    raise UserError(
+        "this is not the file that an interrupted run of the same plan left",
+        where=str(path),
+        fix=f"remove {path.parent} and run again",
+    )
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

@@ -14,7 +14,7 @@ import math
 from dataclasses import dataclass
 
 from qlora.models.shapes import AdapterShapes, ModelShapes, forward_flops, training_flops
-from qlora.quantization.engine import BATCH_TOKENS
+from qlora.quantization.engine import batch_tokens
 from qlora.quantization.walk import HIDDEN_STATES_ON_DEVICE_BYTES
 from qlora.recipe import Recipe
 
@@ -169,7 +169,9 @@ def gptq_disk_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
 
 
 def merged_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """Size of the merged checkpoint: merged linears in merge.dtype, the rest in the base's 16 bits."""
+    """Size of the merged checkpoint, if it is written: merged linears in merge.dtype, the rest in 16 bits."""
+    if not recipe.merge.write:
+        return 0
     return BYTES[recipe.merge.dtype] * shapes.quantized + 2 * shapes.unquantized
 
 
@@ -193,10 +195,15 @@ def _merge(recipe: Recipe, shapes: ModelShapes, machine: Machine) -> StageEstima
     largest_linear = max(linear.parameters for linear in shapes.linears)
     copied = 2 * 2 * shapes.largest_tensor  # embeddings pass through in 16 bits
     size = merged_bytes(recipe, shapes)
-    rate = QUANTIZE_RATE["cuda"] if machine.on_gpu else QUANTIZE_RATE["cpu"] * machine.cores
-    seconds = shapes.quantized / rate + 2 * size / STORAGE_RATE
+    seconds = _merging_seconds(shapes, machine) + size / STORAGE_RATE
     parts = {"one linear in fp32, three times": 3 * 4 * largest_linear}
     return _estimate("merge", machine, parts, host=copied, disk=size, seconds=seconds)
+
+
+def _merging_seconds(shapes: ModelShapes, machine: Machine) -> float:
+    """Reading the 16-bit base once, and quantizing it again."""
+    rate = QUANTIZE_RATE["cuda"] if machine.on_gpu else QUANTIZE_RATE["cpu"] * machine.cores
+    return shapes.quantized / rate + 2 * shapes.total / STORAGE_RATE
 
 
 def _quantize(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Machine) -> StageEstimate:
@@ -204,27 +211,32 @@ def _quantize(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
     largest = max(linear.parameters for linear in shapes.linears)
     itemsize = BYTES[recipe.model.compute_dtype]
     hidden_states = work.calibration_tokens * shapes.hidden_size * itemsize
-    batch_tokens = max(BATCH_TOKENS["cuda" if machine.on_gpu else "cpu"], work.calibration_longest)
+    width = max(max(linear.in_features, linear.out_features) for linear in shapes.linears)
+    batch = max(batch_tokens(machine.device, width), work.calibration_longest)
     on_device = machine.on_gpu and hidden_states <= HIDDEN_STATES_ON_DEVICE_BYTES
     parts = {
         "one layer": 4 * shapes.largest_layer,
         "Hessian and its factors": 3 * 4 * widest**2,
         "weights being solved": 3 * 4 * largest,
-        "activations of a batch": layer_forward_bytes(shapes, itemsize) * batch_tokens,
+        "activations of a batch": layer_forward_bytes(shapes, itemsize) * min(batch, work.calibration_tokens),
         **({"hidden states": hidden_states} if on_device else {}),
     }
     forward = 2 * forward_flops(shapes, work.calibration_longest) * work.calibration_tokens
-    hessians = sum(2.0 * linear.in_features**2 for linear in shapes.linears) * work.calibration_tokens
+    hessians = sum(2.0 * linear.in_features**2 * linear.tokens_share for linear in shapes.linears)
+    hessians *= work.calibration_tokens
     updates = sum(float(linear.parameters) * linear.in_features for linear in shapes.linears)
     compute = _seconds(forward + hessians + updates, machine)
     columns = sum(linear.in_features for linear in shapes.linears) * COLUMN_SECONDS["cuda" if machine.on_gpu else "cpu"]
+    merging = 0.0 if recipe.merge.write else _merging_seconds(shapes, machine)
+    # In host memory: this layer and the next, which is read meanwhile; hidden states that the GPU does not hold.
+    layers = 2 * shapes.largest_layer * (BYTES[recipe.merge.dtype] if recipe.merge.write else 4)
     return _estimate(
         "quantize",
         machine,
         parts,
-        host=0 if on_device else hidden_states,
+        host=layers + (0 if on_device else hidden_states),
         disk=gptq_disk_bytes(recipe, shapes),
-        seconds=None if compute is None else compute + columns,
+        seconds=None if compute is None else compute + columns + merging,
     )
 
 
@@ -238,7 +250,7 @@ def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
         "log-probabilities": 3 * 4 * min(answers, SCORING_CHUNK) * shapes.vocab_size,
         "activations": layer_forward_bytes(shapes, itemsize) * batch,
     }
-    models = 4 if recipe.model.quantization == "none" else 5
+    models = 3 + (recipe.model.quantization != "none") + recipe.merge.write  # base, trained, GPTQ; NF4; merged
     return _estimate(
         "evaluate",
         machine,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +25,14 @@ import torch
 from qlora import __version__
 from qlora.errors import Problem, UserError
 from qlora.models.checkpoint import TensorSpec
+from qlora.models.module_rules import ModuleRule, first_match, read_dynamic
 
 SUPPORTED_BITS = (2, 3, 4, 8)
 SUPPORTED_GROUP_SIZES = (-1, 32, 64, 128)
 QUANTIZE_CONFIG_NAME = "quantize_config.json"
 TENSOR_NAMES = ("qweight", "qzeros", "scales", "g_idx")
+RULE_KEYS = ("bits", "group_size", "sym", "desc_act")
+"""Settings that a rule of `dynamic` may change."""
 WORD_BITS = 32
 
 
@@ -43,6 +46,15 @@ class GPTQFormat:
     sym: bool = True
     desc_act: bool = False
     """Whether `g_idx` may be any assignment of inputs to groups. Checkpoints written here never need it."""
+    rules: tuple[ModuleRule, ...] = ()
+    """Modules with other settings than these, or not quantized (the `dynamic` of a checkpoint)."""
+
+    def for_module(self, name: str) -> GPTQFormat | None:
+        """What holds for the module of this full name, without rules; None if it is not quantized."""
+        rule = first_match(self.rules, name)
+        if rule is None:
+            return replace(self, rules=())
+        return None if rule.changes is None else replace(self, rules=(), **rule.changes)
 
 
 @dataclass(frozen=True)
@@ -148,12 +160,14 @@ def quantization_config(
     settings: GPTQFormat,
     *,
     modules_in_block: Sequence[str] | None = None,
+    dynamic: Mapping[str, Mapping[str, Any]] | None = None,
     provenance: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The `quantization_config` of config.json, also the content of quantize_config.json.
 
-    `modules_in_block` lists the quantized linears of a decoder layer when they are not all of them (engines quantize
-    every linear unless told). `provenance` joins the writer's name in `meta`, which no reader interprets.
+    `modules_in_block` lists the quantized linears when they are not all of them (engines quantize every linear unless
+    told), `dynamic` the settings that differ between modules: see `modules_in_block` and `dynamic_config` of
+    `qlora.models.module_rules`. `provenance` joins the writer's name in `meta`, which no reader interprets.
     """
     config: dict[str, Any] = {
         "quant_method": "gptq",
@@ -167,7 +181,14 @@ def quantization_config(
     }
     if modules_in_block is not None:
         config["modules_in_block_to_quantize"] = [list(modules_in_block)]
+    if dynamic:
+        config["dynamic"] = {pattern: dict(changes) for pattern, changes in dynamic.items()}
     return config
+
+
+def quantization_method(directory: Path) -> str:
+    """`gptq`, `awq` or what else a checkpoint says it was quantized with. Raises UserError if it is not quantized."""
+    return str(find_config(Path(directory))[1].get("quant_method", "gptq"))
 
 
 def read_quantization_config(directory: Path) -> GPTQFormat:
@@ -175,7 +196,7 @@ def read_quantization_config(directory: Path) -> GPTQFormat:
 
     Raises UserError when the directory holds no GPTQ checkpoint, or one in another format than v1.
     """
-    path, config = _find_config(Path(directory))
+    path, config = find_config(Path(directory))
     problems = []
     if config.get("quant_method", "gptq") != "gptq":
         problems.append(Problem(f"quant_method is {config['quant_method']}, not gptq", str(path)))
@@ -188,8 +209,11 @@ def read_quantization_config(directory: Path) -> GPTQFormat:
                 "quantize the 16-bit model again with `qlora quantize`",
             )
         )
-    if config.get("dynamic"):
-        problems.append(Problem("settings that differ between modules (dynamic) are not supported", str(path)))
+    rules = read_dynamic(config.get("dynamic") or {})
+    problems += [
+        Problem(f"dynamic changes {key}, which is not read here", str(path))
+        for key in sorted({key for rule in rules for key in rule.changes or {}} - {*RULE_KEYS})
+    ]
     if config.get("bits") not in SUPPORTED_BITS:
         problems.append(Problem(f"bits is {config.get('bits')}; supported are {SUPPORTED_BITS}", str(path)))
     if not isinstance(config.get("group_size"), int):
@@ -201,6 +225,7 @@ def read_quantization_config(directory: Path) -> GPTQFormat:
         group_size=config["group_size"],
         sym=bool(config.get("sym", True)),
         desc_act=bool(config.get("desc_act", False)),
+        rules=rules,
     )
 
 
@@ -265,7 +290,8 @@ def _run_length(bits: int) -> tuple[int, int]:
     return common // bits, common // WORD_BITS
 
 
-def _find_config(directory: Path) -> tuple[Path, dict[str, Any]]:
+def find_config(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The file that says how a checkpoint is quantized, and what it says. Raises UserError if there is none."""
     for name, key in (("config.json", "quantization_config"), (QUANTIZE_CONFIG_NAME, None)):
         path = directory / name
         if not path.is_file():
@@ -278,5 +304,7 @@ def _find_config(directory: Path) -> tuple[Path, dict[str, Any]]:
         if config:
             return path, config
     raise UserError(
-        "no quantization_config: not a GPTQ checkpoint", str(directory), "name a directory that `qlora quantize` wrote"
+        "no quantization_config: not a quantized checkpoint",
+        str(directory),
+        "name a directory that `qlora quantize` wrote",
     )

@@ -6,16 +6,29 @@ is not called; it costs gigabytes).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError
+from qlora.models.awq_format import AWQTensors, check_readable
+from qlora.models.awq_format import dequantize as dequantize_awq
 from qlora.models.checkpoint import CheckpointReader
-from qlora.models.gptq_format import GPTQTensors, dequantize, read_quantization_config
+from qlora.models.gptq_format import (
+    TENSOR_NAMES as PACKED_NAMES,
+)
+from qlora.models.gptq_format import (
+    GPTQTensors,
+    dequantize,
+    quantization_method,
+    read_quantization_config,
+)
+from qlora.models.patches import plain_falcon_linears
 from qlora.recipe import Lora, Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -50,7 +63,9 @@ def load_base(directory: Path, model: Model, device: str, *, quantized: bool) ->
     }
     if quantized and model.quantization != "none":
         options["quantization_config"] = bitsandbytes_config(model)
-    loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+    with plain_falcon_linears() if config.model_type == "falcon" else contextlib.nullcontext():
+        loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
     disable_cpu_repacking(loaded)
     loaded.config.use_cache = False
     return loaded
@@ -99,15 +114,47 @@ def lora_config(lora: Lora) -> Any:
 
 
 def attach_adapter(base: PreTrainedModel, lora: Lora) -> Any:
-    """A fresh LoRA adapter on the base (a `PeftModel`), trainable parameters in `lora.dtype`."""
+    """A fresh LoRA adapter on the base (a `PeftModel`), trainable parameters in `lora.dtype`.
+
+    Raises UserError when `lora.target_modules` matches nothing, or the experts of a mixture.
+    """
     from peft import get_peft_model
 
+    config = lora_config(lora)
+    if lora.target_modules == "all-linear" and _has_fused_experts(base):
+        config.target_modules = _linears_beside_experts(base)
     try:
-        return get_peft_model(base, lora_config(lora))
+        adapted = get_peft_model(base, config)
     except ValueError as error:
         raise UserError(
             str(error).splitlines()[0], "lora.target_modules", "all-linear fits every architecture"
         ) from None
+    if config.target_parameters:
+        raise UserError(
+            f"experts cannot have an adapter: {', '.join(sorted(config.target_parameters))}",
+            "lora.target_modules",
+            "use all-linear, which leaves them out, or name the linears of the attention",
+        )
+    return adapted
+
+
+def _has_fused_experts(model: PreTrainedModel) -> bool:
+    return any(parameter.ndim > 2 and "expert" in name for name, parameter in model.named_parameters())
+
+
+def _linears_beside_experts(model: PreTrainedModel) -> set[str]:
+    """Last names of the linears that can have an adapter where experts are 3-D tensors.
+
+    PEFT 0.21 takes all-linear to mean those and the router too, and takes any name that experts' projections had in
+    transformers 4 for those, also where it is that of an ordinary linear.
+    """
+    head = model.get_output_embeddings()
+    linears = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (torch.nn.Linear, Conv1D)) and module is not head
+    }
+    return linears - {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
 def load_trained(base: PreTrainedModel, adapter: Path) -> Any:
@@ -143,39 +190,74 @@ def load_gptq(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """A GPTQ directory as a plain model: every packed weight dequantized to `dtype`, no GPTQ kernel involved.
+    """A GPTQ or AWQ directory as a plain model: every packed weight dequantized to `dtype`, no such kernel involved.
 
     Evaluation measures what the checkpoint says, not what one kernel makes of it.
-    Raises `UserError` if the directory is not a GPTQ v1 checkpoint or tensors are missing.
+    Raises `UserError` if the directory is not a GPTQ v1 or AWQ GEMM checkpoint, or tensors are missing.
     """
-    settings = read_quantization_config(directory)
+    unpack = _unpack_awq(directory) if quantization_method(directory) == "awq" else _unpack_gptq(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     del config.quantization_config
-    state = dict(_dequantized_state(directory, settings.bits, dtype, device))
     with torch.device("meta"):
-        architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    return architecture.from_pretrained(
-        None,
-        config=config,
-        state_dict=state,
-        dtype=dtype,
-        device_map={"": device},
-        attn_implementation=attn_implementation,
-    ).eval()
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    state = dict(_dequantized_state(directory, unpack, _transposed(model), dtype, device))
+    return (
+        type(model)
+        .from_pretrained(
+            None,
+            config=config,
+            state_dict=state,
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attn_implementation,
+        )
+        .eval()
+    )
+
+
+# (full name of a linear, its packed tensors by their last name, dtype of the result) → its weight [N, K]
+Unpack = Callable[[str, Mapping[str, torch.Tensor], torch.dtype], torch.Tensor]
+
+
+def _unpack_gptq(directory: Path) -> Unpack:
+    settings = read_quantization_config(directory)
+
+    def unpack(name: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+        own = settings.for_module(name)
+        if own is None:
+            raise UserError("packed, although quantization_config says it is not quantized", name, "quantize it again")
+        return dequantize(GPTQTensors(**parts), own.bits, dtype)
+
+    return unpack
+
+
+def _unpack_awq(directory: Path) -> Unpack:
+    check_readable(directory)
+    return lambda name, parts, dtype: dequantize_awq(AWQTensors(**parts), dtype)
+
+
+def _transposed(model: PreTrainedModel) -> set[str]:
+    """Names in a checkpoint of the linears that hold their weight as [K, N]: GPT-2's Conv1D.
+
+    transformers loads GPT-2 with and without the prefix that its decoder has.
+    """
+    names = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
+    return names | {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
 
 
 def _dequantized_state(
-    directory: Path, bits: int, dtype: torch.dtype, device: str
+    directory: Path, unpack: Unpack, transposed: Collection[str], dtype: torch.dtype, device: str
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor on `device`) of a GPTQ checkpoint, packed linears as one `weight` each."""
+    """(name, tensor on `device`) of a quantized checkpoint, packed linears as one `weight` each."""
     reader = CheckpointReader(directory)
+    names = set(reader.names())
     for name in reader.names():
         prefix, _, kind = name.rpartition(".")
         if kind == "qweight":
-            parts = {
-                part: reader.read(f"{prefix}.{part}").to(device) for part in ("qweight", "qzeros", "scales", "g_idx")
-            }
-            yield f"{prefix}.weight", dequantize(GPTQTensors(**parts), bits, dtype)
-        elif kind not in {"qzeros", "scales", "g_idx"}:
+            packed = [part for part in PACKED_NAMES if f"{prefix}.{part}" in names]
+            parts = {part: reader.read(f"{prefix}.{part}").to(device) for part in packed}
+            weight = unpack(prefix, parts, dtype)
+            yield f"{prefix}.weight", weight.T.contiguous() if prefix in transposed else weight
+        elif kind not in PACKED_NAMES:
             tensor = reader.read(name).to(device)
             yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor

@@ -23,3 +23,21 @@ def parse_gguf_once() -> Iterator[None]:
         yield
     finally:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, names  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def plain_falcon_linears() -> Iterator[None]:
+    """Build Falcon with `nn.Linear`, whose product its own subclass computes too, only rounded elsewhere.
+
+    transformers puts 4-bit layers in place of `type(module) is nn.Linear` alone (replace_with_bnb_linear in
+    transformers.integrations.bitsandbytes, 5.17 to 5.23), so that all of Falcon would stay in 16 bits.
+    """
+    from torch import nn
+    from transformers.models.falcon import modeling_falcon
+
+    before = modeling_falcon.FalconLinear
+    modeling_falcon.FalconLinear = nn.Linear  # type: ignore[misc, assignment]
+    try:
+        yield
+    finally:
+        modeling_falcon.FalconLinear = before  # type: ignore[misc]

@@ -12,7 +12,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from qlora.errors import UserError
+from qlora.models.stored_names import renamed_tensors
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
@@ -76,6 +77,10 @@ class Provenance:
     """Names of linear layers that were left alone, sorted."""
     tied: list[list[str]]
     """Groups of parameter names that share one tensor."""
+    transposed: list[str] = field(default_factory=list)
+    """Names of linear layers whose stored weight is [in, out] (GPT-2's Conv1D), sorted."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Parameter name → name of the stored tensor, where transformers renames on loading."""
 
     @property
     def digest(self) -> str:
@@ -89,17 +94,19 @@ def write_provenance(
 ) -> Provenance:
     """Describe the base inside a model that is loaded for training, with or without a PEFT adapter on it, as base.json.
 
-    Raises UserError for 8-bit layers and for GPT-2's Conv1D, which the merge does not know, and for layers that
-    bitsandbytes dequantizes wrongly on this device; ValueError when the weights disagree with the settings, or lie in
-    bitsandbytes' repacked layout for CPU inference, which has other bytes.
+    Raises UserError for 8-bit layers, which the merge does not know, and for layers that bitsandbytes dequantizes
+    wrongly on this device; ValueError when the weights disagree with the settings, or lie in bitsandbytes' repacked
+    layout for CPU inference, which has other bytes.
     """
     import bitsandbytes
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft import PeftModel
+    from transformers.pytorch_utils import Conv1D
 
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     quantized: dict[str, ModuleCodes] = {}
     unquantized: list[str] = []
+    transposed: list[str] = []
     load_dtypes: set[torch.dtype] = set()
     for name, module in _base_items(base.named_modules()):
         if isinstance(module, Linear8bitLt):
@@ -108,8 +115,11 @@ def write_provenance(
             quantized[name] = _module_codes(name, module, settings)
             weight: Any = module.weight
             load_dtypes.add(weight.quant_state.dtype)
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, (nn.Linear, Conv1D)):
             unquantized.append(name)
+        # bitsandbytes puts a layer of its own in the place of a Conv1D, and holds its weight as [out, in].
+        if issubclass(getattr(module, "source_cls", type(module)), Conv1D):
+            transposed.append(name)
     if bool(quantized) != (settings.quant_type != "none"):
         raise ValueError(f"{len(quantized)} quantized layers in a model with quant_type {settings.quant_type}")
     if len(load_dtypes) > 1:
@@ -125,6 +135,8 @@ def write_provenance(
         quantized=dict(sorted(quantized.items())),
         unquantized=sorted(unquantized),
         tied=_tied_parameters(base),
+        transposed=sorted(transposed),
+        renamed=renamed_tensors(base),
     )
     path.write_text(json.dumps(provenance_to_json(provenance), indent=1) + "\n", encoding="utf-8")
     return provenance
@@ -216,10 +228,6 @@ def _check_dequantization(name: str, weight: Any) -> None:
 
 
 def _module_codes(name: str, module: Linear4bit, settings: QuantizationSettings) -> ModuleCodes:
-    from transformers.pytorch_utils import Conv1D
-
-    if issubclass(getattr(module, "source_cls", nn.Linear), Conv1D):
-        raise UserError("a Conv1D layer cannot be merged: its weight is stored transposed", where=name)
     weight: Any = module.weight
     state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):

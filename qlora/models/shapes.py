@@ -8,12 +8,13 @@ causal attention, with s the sequence length:
     training             4N + 4H + 6P + 3.5A    (dX only for frozen weights; flash attention's backward costs 2.5 A)
     … with checkpointing 6N + 4H + 8P + 4.5A    (the layers run forward twice, the head once)
 
-N: parameters of the linears in the layers, H: of the output head, P: of the adapter. Source: the accounting of PaLM's
-appendix B (arXiv:2204.02311), with dW only where a weight is trained.
+N: parameters of the linears that a token passes through inside the layers, H: of the output head, P: of the adapter.
+Source: the accounting of PaLM's appendix B (arXiv:2204.02311), with dW only where a weight is trained.
 """
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,24 +22,35 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError
 from qlora.models.loading import attach_adapter
-from qlora.quantization.modules import decoder_layers, quantizable_modules
+from qlora.models.stored_names import stored_names
+from qlora.quantization.experts import Experts, expert_pieces, take_experts_apart
+from qlora.quantization.modules import decoder_layers, quantizable_modules, weight_shape
 from qlora.recipe import Lora
 
 
 @dataclass(frozen=True)
 class LinearShape:
-    """A linear layer inside a decoder layer, by its full module name."""
+    """A linear layer inside a decoder layer, by the full name of its module in checkpoints."""
 
     name: str
     in_features: int
     out_features: int
+    experts: int = 1
+    """How many linears there are of this kind, of which a token passes through `chosen`."""
+    chosen: int = 1
 
     @property
     def parameters(self) -> int:
         return self.in_features * self.out_features
+
+    @property
+    def tokens_share(self) -> float:
+        """Share of all tokens that passes through this linear."""
+        return self.chosen / self.experts
 
 
 @dataclass(frozen=True)
@@ -54,7 +66,7 @@ class ModelShapes:
     total: int
     """All parameters."""
     quantized: int
-    """Parameters of the linears that bitsandbytes holds in 4 bits: all but the output head."""
+    """Parameters of the linears that bitsandbytes holds in 4 bits: all but the output head and fused experts."""
     head: int
     """Parameters of the output head's matrix product, tied to the embeddings or not."""
     largest_tensor: int
@@ -71,8 +83,14 @@ class ModelShapes:
 
     @property
     def feed_forward_size(self) -> int:
-        """Width of the widest linear in a decoder layer."""
-        return max(max(linear.in_features, linear.out_features) for linear in self.linears)
+        """Width of the widest activation in a decoder layer, per token."""
+        return max(max(linear.in_features, linear.out_features) * linear.chosen for linear in self.linears)
+
+    @property
+    def active(self) -> int:
+        """Parameters that a token is multiplied with, but those of the output head."""
+        experts = [linear for linear in self.linears if linear.experts > 1]
+        return self.quantized + round(sum(linear.parameters * linear.tokens_share for linear in experts))
 
     @property
     def attention_flops(self) -> float:
@@ -117,11 +135,11 @@ def skeleton(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel
 def model_shapes(model: PreTrainedModel) -> ModelShapes:
     """Dimensions and counts of a model (a `skeleton` will do, before an adapter is attached).
 
-    Raises `UserError` when its layers hold nothing that GPTQ can quantize.
+    Raises `UserError` when its layers hold nothing that GPTQ can quantize, or weights of an unknown kind.
     """
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    in_four_bits = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     layers = decoder_layers(model)[1]
     return ModelShapes(
         hidden_size=text.hidden_size,
@@ -131,15 +149,34 @@ def model_shapes(model: PreTrainedModel) -> ModelShapes:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=text.vocab_size,
         total=model.num_parameters(),
-        quantized=sum(module.weight.numel() for module in linears.values() if module is not head),
+        quantized=sum(module.weight.numel() for module in in_four_bits),
         head=head.weight.numel(),
         largest_tensor=max(parameter.numel() for parameter in model.parameters()),
         largest_layer=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
-        linears=tuple(
-            LinearShape(name, module.in_features, module.out_features)
-            for name, module in quantizable_modules(model).items()
-        ),
+        linears=_linears(model),
     )
+
+
+def _linears(model: PreTrainedModel) -> tuple[LinearShape, ...]:
+    pieces = expert_pieces(model)
+    stored = stored_names(model, pieces)
+    if pieces:
+        model = copy.deepcopy(model)
+        take_experts_apart(model)
+    routed = {
+        f"{name}.{local}": len(module)
+        for name, module in model.named_modules()
+        if isinstance(module, Experts)
+        for local, _ in module.named_modules()
+    }
+    linears = []
+    for name, module in quantizable_modules(model).items():
+        outputs, inputs = weight_shape(module)
+        experts = routed.get(name, 1)
+        # A configuration that does not say how many are chosen: as if all were.
+        chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", experts) if name in routed else 1
+        linears.append(LinearShape(stored[f"{name}.weight"].removesuffix(".weight"), inputs, outputs, experts, chosen))
+    return tuple(linears)
 
 
 def adapter_shapes(model: PreTrainedModel, lora: Lora) -> AdapterShapes:
@@ -153,11 +190,11 @@ def adapter_shapes(model: PreTrainedModel, lora: Lora) -> AdapterShapes:
 
 def forward_flops(shapes: ModelShapes, sequence: float) -> float:
     """FLOPs per token of one forward pass over rows of `sequence` tokens, output head included."""
-    return 2.0 * (shapes.quantized + shapes.head) + shapes.attention_flops * sequence
+    return 2.0 * (shapes.active + shapes.head) + shapes.attention_flops * sequence
 
 
 def training_flops(shapes: ModelShapes, adapter: AdapterShapes, sequence: float, *, checkpointing: bool) -> float:
     """FLOPs per token of a training step over rows of `sequence` tokens, as the hardware executes them."""
     attention = shapes.attention_flops * sequence
     linears, trained, attended = (6, 8, 4.5) if checkpointing else (4, 6, 3.5)
-    return linears * shapes.quantized + 4.0 * shapes.head + trained * adapter.trainable + attended * attention
+    return linears * shapes.active + 4.0 * shapes.head + trained * adapter.trainable + attended * attention

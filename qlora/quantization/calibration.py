@@ -9,13 +9,14 @@ Shapes: B rows, T tokens of the longest row, D width of the hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from qlora.data.calibration import CalibrationRow
 from qlora.errors import Problem, UserError
 
 
@@ -23,10 +24,14 @@ from qlora.errors import Problem, UserError
 class Batch:
     """Rows of similar length, padded to one."""
 
+    rows: tuple[int, ...]
+    """Which of the calibration rows these are."""
     input_ids_BT: torch.Tensor
     """int64, on the CPU; padding is token 0."""
     real: torch.Tensor | None
     """int64 indices of the real tokens among the B·T, on the compute device; None when there is no padding."""
+    weight: torch.Tensor | None
+    """fp32 weights of all B·T positions, zero for padding, on the compute device; None when every token weighs 1."""
     tokens: int
     """Real tokens."""
 
@@ -48,46 +53,60 @@ class LayerInputs:
     """One per decoder layer: layers with other attention get other masks and rotary embeddings."""
 
 
-def make_batches(rows: Sequence[Sequence[int]], max_tokens: int, vocabulary: int, device: str) -> list[Batch]:
+def make_batches(
+    rows: Sequence[CalibrationRow], max_tokens: int, vocabulary: int, device: str, prompt_weight: float = 1.0
+) -> list[Batch]:
     """Rows sorted by length, longest first, in batches of at most `max_tokens` tokens (a longer row makes one alone).
 
+    Positions whose prediction carried no loss in training weigh `prompt_weight`, all others 1.
     Raises UserError for an empty calibration set, empty rows, and token ids outside the vocabulary.
     """
-    problems = [Problem("no tokens", f"calibration row {index}") for index, row in enumerate(rows) if not len(row)]
+    problems = [
+        Problem("no tokens", f"calibration row {index}") for index, row in enumerate(rows) if not len(row.input_ids)
+    ]
     problems += [
-        Problem(f"token {max(row)} is outside the vocabulary of {vocabulary}", f"calibration row {index}")
+        Problem(f"token {max(row.input_ids)} is outside the vocabulary of {vocabulary}", f"calibration row {index}")
         for index, row in enumerate(rows)
-        if len(row) and max(row) >= vocabulary
+        if len(row.input_ids) and max(row.input_ids) >= vocabulary
     ]
     if not rows:
         problems.append(Problem("no rows to calibrate on", "calibration", "raise quantize.calibration.samples"))
     if problems:
         raise UserError(problems)
-    ordered = sorted(rows, key=len, reverse=True)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].input_ids), reverse=True)
     batches = []
     start = 0
-    while start < len(ordered):
-        longest = len(ordered[start])
+    while start < len(order):
+        longest = len(rows[order[start]].input_ids)
         count = max(1, max_tokens // longest)
-        batches.append(_pad(ordered[start : start + count], longest, device))
+        batches.append(_pad(rows, tuple(order[start : start + count]), longest, device, prompt_weight))
         start += count
     return batches
 
 
-def _pad(rows: Sequence[Sequence[int]], longest: int, device: str) -> Batch:
-    input_ids = torch.zeros(len(rows), longest, dtype=torch.int64)
-    is_real = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for index, row in enumerate(rows):
-        input_ids[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
-        is_real[index, : len(row)] = True
+def _pad(
+    rows: Sequence[CalibrationRow], chosen: tuple[int, ...], longest: int, device: str, prompt_weight: float
+) -> Batch:
+    input_ids = torch.zeros(len(chosen), longest, dtype=torch.int64)
+    weight = torch.zeros(len(chosen), longest)
+    is_real = torch.zeros(len(chosen), longest, dtype=torch.bool)
+    for place, index in enumerate(chosen):
+        row = rows[index]
+        length = len(row.input_ids)
+        input_ids[place, :length] = torch.tensor(row.input_ids, dtype=torch.int64)
+        is_real[place, :length] = True
+        weight[place, :length] = 1.0
+        if row.loss is not None:
+            weight[place, :length][~torch.tensor(row.loss)] = prompt_weight
     tokens = int(is_real.sum())
     real = None if tokens == is_real.numel() else is_real.reshape(-1).nonzero().squeeze(1).to(device)
-    return Batch(input_ids, real, tokens)
+    weighted = bool((weight[is_real] != 1).any())
+    return Batch(chosen, input_ids, real, weight.reshape(-1).to(device) if weighted else None, tokens)
 
 
 def record_layer_inputs(
     decoder: nn.Module, layers: nn.ModuleList, batches: Sequence[Batch], device: str
-) -> list[LayerInputs]:
+) -> Iterator[LayerInputs]:
     """Run the decoder's own forward on each batch with layers that only note how they are called.
 
     Nothing is assumed about how a model makes masks and positions. Raises UserError for a model that changes the hidden
@@ -98,7 +117,8 @@ def record_layer_inputs(
         # An attribute of the instance, not another module in its place: models read attributes of their layers.
         layer.forward = recorder.stand_in(layer)
     try:
-        return [recorder.record(decoder, batch.input_ids_BT.to(device), len(layers)) for batch in batches]
+        for batch in batches:
+            yield recorder.record(decoder, batch.input_ids_BT.to(device), len(layers))
     finally:
         for layer in layers:
             del layer.forward
@@ -108,31 +128,40 @@ def record_layer_inputs(
 class _Recorder:
     calls: list[LayerCall] = field(default_factory=list)
     hidden: torch.Tensor | None = None
+    in_tuple: bool = False
+    """Whether the model expects its layers to return a tuple; learnt from what it does with a tensor."""
     tensors: list[torch.Tensor] = field(default_factory=list)
     """Distinct tensors seen so far; batches of one shape share masks and rotary embeddings."""
 
     def stand_in(self, layer: nn.Module) -> Callable[..., torch.Tensor]:
-        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor]:
             if self.calls and hidden_states is not self.hidden:
+                if not self.in_tuple and _is_first_of(self.hidden, hidden_states):
+                    raise _TupleExpected
                 raise UserError(
                     f"the model changes hidden states between its layers ({type(layer).__name__})",
                     fix="this architecture cannot be quantized yet",
                 )
             self.hidden = hidden_states
             self.calls.append(LayerCall(*self._share((args, kwargs))))
-            return hidden_states
+            return (hidden_states,) if self.in_tuple else hidden_states
 
         return forward
 
     def record(self, decoder: nn.Module, input_ids: torch.Tensor, layers: int) -> LayerInputs:
         self.calls = []
-        decoder(input_ids=input_ids, use_cache=False)
+        try:
+            decoder(input_ids=input_ids, use_cache=False)
+        except _TupleExpected:
+            self.calls, self.in_tuple = [], True
+            decoder(input_ids=input_ids, use_cache=False)
         if len(self.calls) != layers or self.hidden is None:
             raise UserError(
                 f"the model called {len(self.calls)} of its {layers} decoder layers",
                 fix="this architecture cannot be quantized yet",
             )
-        return LayerInputs(self.hidden, self.calls)
+        hidden, self.hidden = self.hidden, None
+        return LayerInputs(hidden, self.calls)
 
     def _share(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -148,3 +177,11 @@ class _Recorder:
         if isinstance(value, dict):
             return {key: self._share(item) for key, item in value.items()}
         return value
+
+
+class _TupleExpected(Exception):
+    """The model took the first element of what a layer returned."""
+
+
+def _is_first_of(whole: torch.Tensor | None, part: torch.Tensor) -> bool:
+    return whole is not None and part.shape == whole.shape[1:] and part.data_ptr() == whole.data_ptr()

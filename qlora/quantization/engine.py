@@ -1,23 +1,30 @@
 """Quantize a 16-bit checkpoint with GPTQ, one decoder layer at a time, into an AutoGPTQ v1 checkpoint.
 
-For each layer: find which linears share an input; gather the Hessian of each input over all calibration rows; solve;
-write the packed tensors; let the layer go on with the weights that the packed tensors stand for, so that what follows
-is calibrated on what will be served. Device memory holds one layer and one batch of activations.
+For each layer: find which linears share an input; gather the statistics of each input over all calibration rows; solve
+the linears of one input as one stacked weight; write the packed tensors; let the layer go on with the weights that the
+packed tensors stand for, so that what follows is calibrated on what will be served. The next layer is read and the last
+one written meanwhile. Device memory holds one layer, its statistics and one batch of activations, however many
+calibration rows there are.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from qlora.artifacts import write_text
+from qlora.data.calibration import CalibrationRow
 from qlora.errors import Problem, UserError
-from qlora.models.checkpoint import CheckpointWriter, copy_side_files, edit_config
+from qlora.measure import Stopwatch
+from qlora.models.checkpoint import CheckpointReader, CheckpointWriter, TensorSource, copy_side_files, edit_config
 from qlora.models.gptq_format import (
     QUANTIZE_CONFIG_NAME,
     TENSOR_NAMES,
@@ -28,24 +35,54 @@ from qlora.models.gptq_format import (
     packed_specs,
     quantization_config,
 )
+from qlora.models.module_rules import dynamic_config, modules_in_block
 from qlora.quantization.calibration import make_batches
-from qlora.quantization.modules import layer_linears, quantizable_modules
+from qlora.quantization.experts import routed_tokens
+from qlora.quantization.hessian import InputStatistics
+from qlora.quantization.modules import (
+    Linear,
+    layer_linears,
+    put_weight,
+    quantizable_modules,
+    stored_to_NK,
+    weight_shape,
+)
 from qlora.quantization.settings import GPTQSettings, ModuleReport, QuantizeReport
 from qlora.quantization.skeleton import Skeleton
-from qlora.quantization.solver import Solution, output_error, solve
-from qlora.quantization.walk import CalibrationStates, collect_hessians, enter_model, shared_inputs
+from qlora.quantization.solver import Solution, round_to_nearest, solve
+from qlora.quantization.streams import BackgroundWriter, PrefetchingSource
+from qlora.quantization.walk import (
+    CalibrationStates,
+    FullModel,
+    InputGroup,
+    collect_statistics,
+    enter_model,
+    input_groups,
+)
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Progress = Callable[[int, int, str], None]
 
-# Padded tokens per forward: what keeps the device busy without holding much.
-BATCH_TOKENS = {"cpu": 2048, "cuda": 8192}
+# Finished layers and their reports, one JSON object per line; gone when the checkpoint is complete.
+JOURNAL_NAME = "progress.jsonl"
+
+CPU_BATCH_TOKENS = 2048
+# On a GPU: bytes of the widest activation of one forward, and tokens, large enough to keep it busy.
+WIDEST_ACTIVATION_BYTES = 256 * 2**20
+MOST_BATCH_TOKENS = 65536
+
+
+def batch_tokens(device: str, widest: int) -> int:
+    """Padded tokens per forward for a model whose widest linear has `widest` inputs or outputs."""
+    if torch.device(device).type == "cpu":
+        return CPU_BATCH_TOKENS
+    return max(2048, min(MOST_BATCH_TOKENS, WIDEST_ACTIVATION_BYTES // (2 * widest)))
 
 
 def quantize_checkpoint(
-    source_dir: Path,
+    source: Path | TensorSource,
     output_dir: Path,
-    calibration: Sequence[Sequence[int]],
+    calibration: Sequence[CalibrationRow],
     settings: GPTQSettings,
     *,
     device: str,
@@ -54,21 +91,36 @@ def quantize_checkpoint(
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> QuantizeReport:
-    """Quantize the linears of `source_dir` (a Hugging Face checkpoint) into the existing, empty `output_dir`.
+    """Quantize the linears of `source` (a Hugging Face checkpoint) into the existing `output_dir`.
 
-    `calibration` holds token ids, one document per row, without padding. `modules` limits quantization to linears of
-    these names inside each decoder layer. `progress(done, layers, name)` is called after each layer. Equal inputs give
-    equal bytes. Raises UserError for what cannot be quantized, WillNotFit when the disk is too small.
+    `modules` limits quantization to linears of these names inside each decoder layer. `progress(done, layers, name)` is
+    called after each layer. Equal inputs give equal bytes, also when `output_dir` holds what an interrupted call with
+    equal arguments left: then it goes on at the layer after the last finished one. Raises UserError for what cannot be
+    quantized, WillNotFit when the disk is too small.
     """
     started = time.perf_counter()
-    skeleton = Skeleton(Path(source_dir), attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-    job = _Job(skeleton, settings, quantizable_modules(skeleton.model, modules))
-    job.check()
-    vocabulary = skeleton.model.config.get_text_config().vocab_size
-    batches = make_batches(calibration, BATCH_TOKENS[torch.device(device).type], vocabulary, device)
-    with torch.no_grad():
-        reports = job.run(enter_model(skeleton, batches, device), Path(output_dir), progress)
-    _write_configs(skeleton, Path(output_dir), settings, list(job.linears))
+    output_dir = Path(output_dir)
+    stored = PrefetchingSource(CheckpointReader(source) if isinstance(source, Path) else source, device)
+    try:
+        skeleton = Skeleton(stored, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
+        job = _Job(skeleton, stored, settings, quantizable_modules(skeleton.model, modules), Stopwatch(device))
+        job.check()
+        widest = max(max(weight_shape(linear)) for linear in job.linears.values())
+        batches = make_batches(
+            calibration,
+            batch_tokens(device, widest),
+            skeleton.model.config.get_text_config().vocab_size,
+            device,
+            settings.prompt_weight,
+        )
+        with torch.no_grad():
+            with job.stopwatch.waiting("enter"):
+                states = enter_model(skeleton, batches, device)
+            reports = job.run(states, output_dir, progress)
+    finally:
+        stored.close()
+    _write_configs(job, output_dir)
+    (output_dir / JOURNAL_NAME).unlink(missing_ok=True)
     tokens = sum(batch.tokens for batch in batches)
     return QuantizeReport(
         modules=tuple(reports),
@@ -76,7 +128,8 @@ def quantize_checkpoint(
         tokens=tokens,
         parameters=sum(linear.weight.numel() for linear in job.linears.values()),
         seconds=time.perf_counter() - started,
-        warnings=_warnings(tokens, max(linear.in_features for linear in job.linears.values())),
+        timings=job.stopwatch.seconds(),
+        warnings=_warnings(reports, tokens),
     )
 
 
@@ -85,97 +138,212 @@ class _Job:
     """What is quantized, and how."""
 
     skeleton: Skeleton
+    stored: PrefetchingSource
     settings: GPTQSettings
-    linears: Mapping[str, nn.Linear]
+    all_linears: Mapping[str, nn.Module]
     """Full name → layer, as `quantizable_modules` gives it."""
+    stopwatch: Stopwatch
+
+    @cached_property
+    def module_settings(self) -> dict[str, GPTQSettings]:
+        """Full name → settings of every linear that is quantized; they may differ."""
+        chosen = {name: self.settings.for_module(self._prefix(name)[:-1]) for name in self.all_linears}
+        return {name: settings for name, settings in chosen.items() if settings is not None}
+
+    @cached_property
+    def linears(self) -> dict[str, nn.Module]:
+        """Full name → layer of what is quantized."""
+        return {name: self.all_linears[name] for name in self.module_settings}
 
     def check(self) -> None:
         """Raise UserError for linears that the format or the solver cannot take, before anything is computed."""
-        shapes = {name: (linear.out_features, linear.in_features) for name, linear in self.linears.items()}
-        check_group_size(shapes, self.settings.group_size, self.settings.bits)
-        dtypes = {name: self.skeleton.reader.spec(self._weight(name)).dtype for name in self.linears}
+        self.settings.check_modules(self.names(self.all_linears))
+        by_format: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
+        for name, linear in self.linears.items():
+            settings = self.module_settings[name]
+            by_format.setdefault((settings.group_size, settings.bits), {})[name] = weight_shape(linear)
+        for (group_size, bits), shapes in by_format.items():
+            check_group_size(shapes, group_size, bits)
+        dtypes = {name: self.stored.spec(self._weight(name)).dtype for name in self.linears}
         problems = [
             Problem(f"stored as {dtype}; expected is one of {SOURCE_DTYPES}", name, "name the merged 16-bit directory")
             for name, dtype in dtypes.items()
             if dtype not in SOURCE_DTYPES
         ]
+        if self.settings.asymmetric and any(routed_tokens(layer) for layer in self.skeleton.layers):
+            what = "experts see other tokens in the full model than in the quantized one"
+            problems.append(Problem(what, "quantize.asymmetric", "set it to 0 for mixtures of experts"))
         if problems:
             raise UserError(problems)
 
+    def names(self, linears: Iterable[str]) -> list[str]:
+        """Names of these modules in the checkpoint."""
+        return [self._prefix(name).removesuffix(".") for name in linears]
+
     def run(self, states: CalibrationStates, output_dir: Path, progress: Progress | None) -> list[ModuleReport]:
         """Quantize layer after layer, and write every tensor of the output checkpoint."""
-        reader, layers = self.skeleton.reader, self.skeleton.layers
+        layers = self.skeleton.layers
         replaced = {self._weight(name) for name in self.linears} | {_second_copy_of_embeddings(self.skeleton)}
-        kept = [name for name in reader.names() if name not in replaced]
-        plan = {name: reader.spec(name) for name in kept}
+        kept = [name for name in self.stored.names() if name not in replaced]
+        plan = {name: self.stored.spec(name) for name in kept}
         for name, linear in self.linears.items():
-            plan |= packed_specs(self._prefix(name), linear.in_features, linear.out_features, self.settings.format)
-        reports: list[ModuleReport] = []
-        with CheckpointWriter(output_dir, plan) as writer:
+            outputs, inputs = weight_shape(linear)
+            plan |= packed_specs(self._prefix(name), inputs, outputs, self.module_settings[name].format)
+        journal = _Journal(output_dir / JOURNAL_NAME)
+        finished = [f"{self._prefix(name)}{kind}" for name in self._inside(journal.layers) for kind in TENSOR_NAMES]
+        full = states.clone() if self.settings.asymmetric else None
+        reports = list(journal.reports)
+        self.stored.prefetch(self._stored_in(0))
+        with (
+            self.stopwatch.waiting("layers and rest of writing"),
+            BackgroundWriter(CheckpointWriter(output_dir, plan, written=finished)) as writer,
+        ):
             for index in range(len(layers)):
-                reports += self._quantize_layer(index, states, writer)
+                if index + 1 < len(layers):
+                    self.stored.prefetch(self._stored_in(index + 1))
+                with self.stopwatch.part("load"):
+                    layer = self.skeleton.fill_layer(index, states.device)
+                if index < journal.layers:
+                    self._restore_layer(index, layer, states, full, output_dir)
+                else:
+                    found = self._quantize_layer(index, layer, states, full, writer)
+                    reports += found
+                    writer.then(lambda index=index, found=found: journal.add(index, found))
+                self.stored.release(self._stored_in(index))
+                layer.to("meta")
                 if progress:
                     progress(index + 1, len(layers), f"{self.skeleton.layers_name}.{index}")
-            for name in kept:
-                writer.write(name, reader.read(name))
+            with self.stopwatch.waiting("embeddings and norms"):
+                for name in kept:
+                    writer.write(name, self.stored.read(name))
         return reports
 
-    def _quantize_layer(self, index: int, states: CalibrationStates, writer: CheckpointWriter) -> list[ModuleReport]:
+    def _quantize_layer(
+        self,
+        index: int,
+        layer: nn.Module,
+        states: CalibrationStates,
+        full_states: CalibrationStates | None,
+        writer: BackgroundWriter,
+    ) -> list[ModuleReport]:
         name = f"{self.skeleton.layers_name}.{index}"
-        layer = self.skeleton.fill_layer(index, states.device)
-        linears = {local: module for local, module in layer_linears(layer).items() if f"{name}.{local}" in self.linears}
-        groups = shared_inputs(linears, layer, states, index)
+        linears = self._linears_of(layer, index)
+        full = None
+        if full_states is not None:
+            full_layer = copy.deepcopy(layer)
+            full = FullModel(full_layer, self._linears_of(full_layer, index), full_states)
+        stages, unreached = input_groups(linears, layer, states, index, sequential=self.settings.true_sequential)
         reports = []
-        for stage in [[group] for group in groups] if self.settings.true_sequential else [groups]:
-            for group, hessian in zip(stage, collect_hessians(linears, stage, layer, states, index), strict=True):
-                reports += self._quantize_group({f"{name}.{local}": linears[local] for local in group}, hessian, writer)
+        for stage in stages:
+            with self.stopwatch.part("forward and statistics"):
+                statistics = collect_statistics(linears, stage, layer, states, index, full)
+            for group, found in zip(stage, statistics, strict=True):
+                for members in self._of_equal_settings(group, name):
+                    reports += self._quantize_group(
+                        {f"{name}.{local}": linears[local] for local in members}, found, writer
+                    )
+        for local in unreached:
+            reports += self._quantize_group({f"{name}.{local}": linears[local]}, None, writer)
         if index + 1 < len(self.skeleton.layers):
-            states.advance(layer, index)
-        layer.to("meta")
+            with self.stopwatch.part("forward"):
+                self._advance(index, layer, states, full)
         return reports
+
+    def _advance(self, index: int, layer: nn.Module, states: CalibrationStates, full: FullModel | None) -> None:
+        states.advance(layer, index)
+        if full is not None:
+            full.states.advance(full.layer, index)
+
+    def _restore_layer(
+        self,
+        index: int,
+        layer: nn.Module,
+        states: CalibrationStates,
+        full_states: CalibrationStates | None,
+        output_dir: Path,
+    ) -> None:
+        """Let a layer that an interrupted call had finished do its part again."""
+        if full_states is not None:
+            full_states.advance(layer, index)
+        reader = CheckpointReader(output_dir)
+        for local, linear in self._linears_of(layer, index).items():
+            name = f"{self.skeleton.layers_name}.{index}.{local}"
+            packed = GPTQTensors(*(reader.read(self._prefix(name) + kind).to(states.device) for kind in TENSOR_NAMES))
+            put_weight(linear, dequantize(packed, self.module_settings[name].bits))
+        states.advance(layer, index)
 
     def _quantize_group(
-        self, linears: Mapping[str, nn.Linear], hessian: torch.Tensor, writer: CheckpointWriter
+        self, linears: Mapping[str, nn.Module], statistics: InputStatistics | None, writer: BackgroundWriter
     ) -> list[ModuleReport]:
         """Solve the linears of one input as one stacked weight, write them, and put the result in their place."""
-        started = time.perf_counter()
-        # From the file again, not from the module: the file may hold more precision than the layer computes in.
-        weights = [self.skeleton.reader.read(self._weight(name)).to(hessian) for name in linears]
-        try:
-            solution = solve(torch.cat(weights), hessian, self.settings)
-        except ArithmeticError as error:
-            fix = "check the merged model and the calibration rows; raise quantize.damp"
-            raise UserError(str(error), where=", ".join(linears), fix=fix) from error
+        settings = self.module_settings[next(iter(linears))]
+        outputs = [weight_shape(linear)[0] for linear in linears.values()]
+        with self.stopwatch.part("solve"):
+            try:
+                # No name is bound to what the solver frees when it no longer needs it.
+                solution = (
+                    solve(self._stacked(linears), statistics.hessian(), settings, statistics.drift())
+                    if statistics is not None
+                    else round_to_nearest(self._stacked(linears), settings)
+                )
+            except ArithmeticError as error:
+                fix = "check the merged model and the calibration rows; raise quantize.damp"
+                raise UserError(str(error), where=", ".join(linears), fix=fix) from error
         figures = []
-        for (name, linear), weight, packed in zip(linears.items(), weights, self._pack(solution, linears), strict=True):
-            quantized = dequantize(packed, self.settings.bits)
-            figures += [output_error(quantized - weight, hessian).sum(), output_error(weight, hessian).sum()]
-            linear.weight.copy_(quantized)
-            for kind in TENSOR_NAMES:
-                writer.write(self._prefix(name) + kind, getattr(packed, kind))
+        with self.stopwatch.part("pack"):
+            for (name, linear), packed in zip(linears.items(), _packed(solution, outputs, settings.bits), strict=True):
+                put_weight(linear, dequantize(packed, settings.bits))
+                for kind in TENSOR_NAMES:
+                    writer.write(self._prefix(name) + kind, getattr(packed, kind))
+            for loss_N, power_N in zip(solution.loss_N.split(outputs), solution.power_N.split(outputs), strict=True):
+                figures += [loss_N.sum(), power_N.sum()]
         losses = torch.stack(figures).tolist()
-        seconds = (time.perf_counter() - started) / len(linears)
         return [
             ModuleReport(
                 name=self._prefix(name).removesuffix("."),
                 loss=loss,
                 relative_loss=loss / power if power else 0.0,
+                inputs=weight_shape(linears[name])[1],
+                tokens=statistics.tokens if statistics is not None else 0,
                 damp=solution.damp,
-                dead_columns=solution.dead_columns,
-                seconds=seconds,
+                damp_raised=solution.damp > settings.damp,
+                dead_columns=solution.dead_columns if statistics is not None else 0,
             )
             for name, loss, power in zip(linears, losses[::2], losses[1::2], strict=True)
         ]
 
-    def _pack(self, solution: Solution, linears: Mapping[str, nn.Linear]) -> Iterator[GPTQTensors]:
-        """The tensors of each of the linears that were solved together."""
-        outputs = [linear.out_features for linear in linears.values()]
-        codes, zeros, scales = (
-            tensor.split(outputs, dim=1)
-            for tensor in (solution.codes_KN, solution.grid.zeros_GN, solution.grid.scales_GN)
-        )
-        for part in zip(codes, zeros, scales, strict=True):
-            yield pack(*part, solution.g_idx, self.settings.bits)
+    def _stacked(self, linears: Mapping[str, nn.Module]) -> torch.Tensor:
+        """fp32 [N, K]: the weights of linears with one input, one below the other."""
+        return torch.cat([self._weight_in_full(name, linear) for name, linear in linears.items()])
+
+    def _weight_in_full(self, name: str, linear: nn.Module) -> torch.Tensor:
+        """fp32 [N, K], with the precision of the file where that is more than the layer computes in."""
+        if self.stored.spec(self._weight(name)).dtype == linear.weight.dtype:
+            return stored_to_NK(linear, linear.weight.detach()).float()
+        return stored_to_NK(linear, self.stored.read(self._weight(name)).to(linear.weight.device)).float()
+
+    def _of_equal_settings(self, group: InputGroup, layer_name: str) -> list[list[str]]:
+        """The linears of a group, those with equal settings together."""
+        parts: dict[tuple, list[str]] = {}
+        for local in group.names:
+            settings = self.module_settings[f"{layer_name}.{local}"]
+            parts.setdefault((settings.bits, settings.group_size, settings.sym), []).append(local)
+        return list(parts.values())
+
+    def _linears_of(self, layer: nn.Module, index: int) -> dict[str, nn.Module]:
+        """Local name → linear of one layer, of those that are quantized."""
+        name = f"{self.skeleton.layers_name}.{index}"
+        return {local: module for local, module in layer_linears(layer).items() if f"{name}.{local}" in self.linears}
+
+    def _inside(self, layers: int) -> list[str]:
+        """Full names of the linears of the first `layers` layers."""
+        prefixes = tuple(f"{self.skeleton.layers_name}.{index}." for index in range(layers))
+        return [name for name in self.linears if name.startswith(prefixes)]
+
+    def _stored_in(self, index: int) -> list[str]:
+        """The checkpoint's tensors of one layer."""
+        prefix = self.skeleton.checkpoint_name(f"{self.skeleton.layers_name}.{index}.")
+        return [name for name in self.stored.names() if name.startswith(prefix)]
 
     def _prefix(self, name: str) -> str:
         """What the names of a linear's tensors start with in the checkpoint."""
@@ -183,6 +351,36 @@ class _Job:
 
     def _weight(self, name: str) -> str:
         return self._prefix(name) + "weight"
+
+
+class _Journal:
+    """The layers whose tensors are all written, and what was reported of them."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.layers = 0
+        self.reports: list[ModuleReport] = []
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        complete = [line for line in lines if line.endswith("\n")]
+        if complete != lines:  # what was being written is taken back, so that lines added later are whole
+            write_text(path, "".join(complete))
+        for line in complete:
+            entry = json.loads(line)
+            self.layers = entry["layer"] + 1
+            self.reports += [ModuleReport(**report) for report in entry["modules"]]
+
+    def add(self, layer: int, reports: Sequence[ModuleReport]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"layer": layer, "modules": [asdict(report) for report in reports]}) + "\n")
+
+
+def _packed(solution: Solution, outputs: Sequence[int], bits: int) -> Iterator[GPTQTensors]:
+    """The tensors of each of the linears that were solved together."""
+    codes, zeros, scales = (
+        tensor.split(outputs, dim=1) for tensor in (solution.codes_KN, solution.grid.zeros_GN, solution.grid.scales_GN)
+    )
+    for part in zip(codes, zeros, scales, strict=True):
+        yield pack(*part, solution.g_idx, bits)
 
 
 def _second_copy_of_embeddings(skeleton: Skeleton) -> str | None:
@@ -196,18 +394,23 @@ def _second_copy_of_embeddings(skeleton: Skeleton) -> str | None:
     return head if torch.equal(skeleton.reader.read(head), skeleton.reader.read(embeddings)) else None
 
 
-def _write_configs(skeleton: Skeleton, output_dir: Path, settings: GPTQSettings, quantized: Sequence[str]) -> None:
+def _write_configs(job: _Job, output_dir: Path) -> None:
     """The source's side files, its config.json with a quantization_config, and quantize_config.json."""
-    every = {
-        local for layer in skeleton.layers for local, module in layer.named_modules() if isinstance(module, nn.Linear)
-    }
-    chosen = [name.removeprefix(f"{skeleton.layers_name}.").partition(".")[2] for name in quantized]
+    settings, skeleton = job.settings, job.skeleton
+    every = [
+        f"{skeleton.layers_name}.{index}.{local}"
+        for index, layer in enumerate(skeleton.layers)
+        for local, module in layer.named_modules()
+        if isinstance(module, Linear)
+    ]
     config = quantization_config(
         settings.format,
-        modules_in_block=None if every == set(chosen) else list(dict.fromkeys(chosen)),
+        modules_in_block=modules_in_block(job.names(every), job.names(job.linears)),
+        dynamic=dynamic_config(settings.rules, job.names(job.all_linears)),
         provenance={
             "act_order": settings.act_order,
             "true_sequential": settings.true_sequential,
+            "asymmetric": settings.asymmetric,
             "damp": settings.damp,
         },
     )
@@ -216,7 +419,20 @@ def _write_configs(skeleton: Skeleton, output_dir: Path, settings: GPTQSettings,
     (output_dir / QUANTIZE_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _warnings(tokens: int, widest: int) -> tuple[str, ...]:
-    if tokens >= widest:
-        return ()
-    return (f"{tokens} calibration tokens for layers of {widest} inputs; several times as many are needed",)
+def _warnings(reports: Sequence[ModuleReport], tokens: int) -> tuple[str, ...]:
+    """Every way in which a module got less than GPTQ."""
+    found = []
+    unreached = [report.name for report in reports if not report.tokens]
+    if unreached:
+        found.append(f"{len(unreached)} modules were rounded: no calibration token reached {unreached[0]} …")
+    raised = [report.name for report in reports if report.damp_raised]
+    if raised:
+        found.append(f"{len(raised)} modules needed more damping than asked for, {raised[0]} …")
+    starved = [report for report in reports if 0 < report.tokens < report.inputs]
+    if starved:
+        first = starved[0]
+        found.append(
+            f"{len(starved)} modules saw fewer calibration tokens than they have inputs ({first.name}: {first.tokens} "
+            f"for {first.inputs}); several times as many are needed"
+        )
+    return tuple(found)

@@ -1,20 +1,29 @@
-"""Which parts of a model are quantized: the one place that knows.
+"""Which parts of a model are quantized, and how their weights are held: the one place that knows.
 
-Quantized is every `nn.Linear` inside a decoder layer, except the routers of mixtures of experts, which engines expect
-in 16 bits. Embeddings and output head are outside the layers. Experts fused into one 3-D parameter are refused.
+Quantized is every linear inside a decoder layer (`nn.Linear`, and the `Conv1D` of GPT-2, which holds its weight
+transposed), except the routers of mixtures of experts, which engines expect in 16 bits. Embeddings and output head are
+outside the layers. Experts that transformers fuses into 3-D parameters must have been taken apart before
+(`qlora.quantization.experts`); weights of any other kind are refused, rather than left in 16 bits in silence.
+
+Shapes: N outputs of a linear, K inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import Problem, UserError
 
+Linear = nn.Linear | Conv1D
+
 # Last component of the names that routers have in transformers' mixtures of experts.
 ROUTER_NAMES = frozenset({"gate", "router", "shared_expert_gate"})
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
@@ -33,19 +42,20 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return next(name for name, module in model.named_modules() if module is found[0]), found[0]
 
 
-def quantizable_modules(model: PreTrainedModel, modules: Sequence[str] | None = None) -> dict[str, nn.Linear]:
-    """Full name → linear layer of everything GPTQ quantizes, in model order.
+def quantizable_modules(model: PreTrainedModel, modules: Sequence[str] | None = None) -> dict[str, Linear]:
+    """Full name → linear of everything GPTQ quantizes, in model order.
 
-    `modules` keeps only these, named inside a layer (`self_attn.q_proj`). Raises UserError for fused experts, for a
-    layer without linears to quantize, and for names in `modules` that no layer has.
+    `modules` keeps only these, named inside a layer (`self_attn.q_proj`). Raises UserError for weights that are not
+    linears, for a layer without linears to quantize, and for names in `modules` that no layer has.
     """
     name, layers = decoder_layers(model)
-    linears: dict[str, nn.Linear] = {}
+    linears: dict[str, Linear] = {}
     problems = []
     unused = set(modules or ())
     for index, layer in enumerate(layers):
         problems += [
-            Problem("fused experts cannot be quantized yet", f"{name}.{index}.{p}") for p in _fused_experts(layer)
+            Problem("a weight of this kind cannot be quantized yet", f"{name}.{index}.{parameter}")
+            for parameter in _other_weights(layer)
         ]
         inside = {local: module for local, module in layer_linears(layer).items() if not modules or local in modules}
         if not inside:
@@ -58,14 +68,37 @@ def quantizable_modules(model: PreTrainedModel, modules: Sequence[str] | None = 
     return linears
 
 
-def layer_linears(layer: nn.Module) -> dict[str, nn.Linear]:
-    """Local name → linear layer of all linears of one decoder layer but routers."""
+def layer_linears(layer: nn.Module, *, routers: bool = False) -> dict[str, Linear]:
+    """Local name → linear of all linears of one decoder layer, with or without routers."""
     return {
         name: module
         for name, module in layer.named_modules()
-        if isinstance(module, nn.Linear) and name.rpartition(".")[2] not in ROUTER_NAMES
+        if isinstance(module, Linear) and (routers or name.rpartition(".")[2] not in ROUTER_NAMES)
     }
 
 
-def _fused_experts(layer: nn.Module) -> list[str]:
-    return [name for name, parameter in layer.named_parameters() if parameter.ndim == 3 and "expert" in name]
+def weight_shape(module: Linear) -> tuple[int, int]:
+    """(N, K) of a linear, however it holds its weight."""
+    rows, columns = module.weight.shape
+    return (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
+
+
+def stored_to_NK(module: Linear, tensor: torch.Tensor) -> torch.Tensor:
+    """A weight as this linear and its checkpoint hold it, as [N, K]. A view; its own inverse."""
+    return tensor.T if isinstance(module, Conv1D) else tensor
+
+
+def put_weight(module: Linear, w_NK: torch.Tensor) -> None:
+    """Copy values into a linear's weight, in its dtype and on its device."""
+    module.weight.data.copy_(stored_to_NK(module, w_NK))
+
+
+def _other_weights(layer: nn.Module) -> list[str]:
+    """Names of the parameters of a layer that hold most of its weights in another form than linears do."""
+    return [
+        f"{name}.{key}" if name else key
+        for name, module in layer.named_modules()
+        if not isinstance(module, (nn.Linear, Conv1D, *CONVOLUTIONS))
+        for key, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim > 2 or (parameter.ndim == 2 and name.rpartition(".")[2] == "experts")
+    ]

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any
 
 from qlora.errors import Problem, UserError
-from qlora.models.gptq_format import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, GPTQFormat
+from qlora.models.gptq_format import SUPPORTED_BITS, SUPPORTED_GROUP_SIZES, GPTQFormat, check_group_size
+from qlora.models.module_rules import ModuleRule, check_rules, first_match, recipe_rules
+from qlora.recipe import Quantize
 
 
 @dataclass(frozen=True)
@@ -25,8 +29,23 @@ class GPTQSettings:
     """Inside a layer, calibrate each group of linears on the already quantized ones before it."""
     damp: float = 0.01
     """Share of the Hessian's mean diagonal added to its diagonal; raised where the Cholesky factorisation fails."""
-    block_size: int = 128
-    """Columns updated one by one before the rest of the matrix is updated at once; changes speed only."""
+    asymmetric: float = 0.0
+    """How far weights also make up for what quantization before them did to their inputs: 0 not at all, 1 fully."""
+    prompt_weight: float = 1.0
+    """Weight in the Hessians of positions that carried no loss in training; those that did weigh 1."""
+    modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Regular expression, searched in full module names → `bits`, `group_size` and `sym` that differ there."""
+    skip: tuple[str, ...] = ()
+    """Regular expressions, searched in full module names, of what is not quantized. They come before `modules`."""
+
+    @classmethod
+    def from_recipe(cls, section: Quantize) -> GPTQSettings:
+        """The settings in a recipe's `quantize` section."""
+        given = {name: value for name, value in section if name in {item.name for item in fields(cls)}}
+        given["modules"] = {
+            pattern: changes.model_dump(exclude_none=True) for pattern, changes in section.modules.items()
+        }
+        return cls(**given | {"skip": tuple(section.skip)})
 
     def __post_init__(self) -> None:
         problems = []
@@ -36,13 +55,42 @@ class GPTQSettings:
             problems.append(Problem(str(self.group_size), "group_size", f"choose from {SUPPORTED_GROUP_SIZES}"))
         if not 0 < self.damp < 1:
             problems.append(Problem(str(self.damp), "damp", "choose a share between 0 and 1, such as 0.01"))
+        for name in ("asymmetric", "prompt_weight"):
+            if not 0 <= getattr(self, name) <= 1:
+                problems.append(Problem(str(getattr(self, name)), name, "choose a number from 0 to 1"))
         if problems:
             raise UserError(problems)
 
     @property
     def format(self) -> GPTQFormat:
         """The checkpoint format that these settings write; g_idx is monotone whatever `act_order` says."""
-        return GPTQFormat(bits=self.bits, group_size=self.group_size, sym=self.sym, desc_act=False)
+        return GPTQFormat(self.bits, self.group_size, self.sym, desc_act=False, rules=self.rules)
+
+    @cached_property
+    def rules(self) -> tuple[ModuleRule, ...]:
+        """`skip` and `modules` in the order in which they are tried. Raises UserError for broken expressions."""
+        return recipe_rules(self.modules, self.skip)
+
+    def for_module(self, name: str) -> GPTQSettings | None:
+        """The settings of the module of this full name in the checkpoint; None if it is not quantized."""
+        rule = first_match(self.rules, name)
+        if rule is None:
+            return replace(self, modules={}, skip=())
+        return None if rule.changes is None else replace(self, modules={}, skip=(), **rule.changes)
+
+    def check_modules(self, names: Sequence[str]) -> None:
+        """Raise UserError for rules that have no effect on modules of these full names, or part what engines fuse."""
+        check_rules(self.rules, names)
+
+    def check_shapes(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """`check_modules` for linears given as full name → (N, K), and whether groups and words fit each of them."""
+        self.check_modules(list(shapes))
+        by_format: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
+        for name, shape in shapes.items():
+            if (own := self.for_module(name)) is not None:
+                by_format.setdefault((own.group_size, own.bits), {})[name] = shape
+        for (group_size, bits), alike in by_format.items():
+            check_group_size(alike, group_size, bits)
 
 
 @dataclass(frozen=True)
@@ -50,16 +98,20 @@ class ModuleReport:
     """How one linear layer was quantized."""
 
     name: str
-    loss: float
-    """Squared error of the layer's output, summed over outputs, per calibration token: tr((W−Q)·H·(W−Q)ᵀ)."""
-    relative_loss: float
+    loss: float | None
+    """Squared error of the layer's output, summed over outputs, per calibration token: tr((W−Q)·H·(W−Q)ᵀ), damped.
+    None where another engine quantized, whose figures have other units."""
+    relative_loss: float | None
     """`loss` as a share of the squared output itself, tr(W·H·Wᵀ)."""
-    damp: float
-    """Damping that the factorisation needed; more than the setting means that it had to be raised."""
-    dead_columns: int
-    """Inputs that were zero on every calibration token; their weights are rounded to nearest."""
-    seconds: float
-    """Time of solving and packing, shared by the modules that are solved together."""
+    inputs: int
+    tokens: int
+    """Calibration tokens that reached it. 0: weights are rounded to nearest, nothing being known of the inputs."""
+    damp: float | None
+    """Damping that the factorisation needed; None for AWQ, which has none."""
+    damp_raised: bool
+    """Whether that is more than the setting."""
+    dead_columns: int | None
+    """Inputs that were zero on every calibration token; their weights are rounded to nearest. None: not known."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +121,14 @@ class QuantizeReport:
     modules: tuple[ModuleReport, ...]
     rows: int
     tokens: int
-    """Calibration tokens, without padding; every module saw all of them."""
+    """Calibration tokens, without padding; experts see some of them, every other module all."""
     parameters: int
     """Weights that are quantized."""
     seconds: float
+    timings: dict[str, float]
+    """Seconds per part, on the GPU where there is one; reading and writing in the background are not in them."""
     warnings: tuple[str, ...]
+    """Every way in which modules got less than GPTQ, counted."""
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists, numbers and strings, for JSON."""

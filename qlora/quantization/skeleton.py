@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,23 +14,27 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora.errors import UserError
-from qlora.models.checkpoint import CheckpointReader
+from qlora.models.checkpoint import TensorSource
+from qlora.models.stored_names import stored_names
+from qlora.quantization.experts import expert_pieces, take_experts_apart
 from qlora.quantization.modules import decoder_layers
 
 
 class Skeleton:
     """A causal language model in eval mode whose parameters have no data until its checkpoint is read.
 
-    It computes in the dtype that its config.json names. Buffers that checkpoints do not hold, such as rotary
-    frequencies, are real from the start. Raises UserError when the directory holds a quantized model, and on the first
-    use of a tensor when names cannot be matched to the architecture.
+    It computes in the dtype that config.json in the source's directory names. Buffers that checkpoints do not hold,
+    such as rotary frequencies, are real from the start. Experts are taken apart into linears. Raises UserError when
+    config.json describes a quantized model, for experts that cannot be taken apart, and on the first use of a tensor
+    when names cannot be matched to the architecture.
     """
 
-    def __init__(self, directory: Path, *, attn_implementation: str, trust_remote_code: bool) -> None:
-        self.reader = CheckpointReader(directory)
-        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    def __init__(self, source: TensorSource, *, attn_implementation: str, trust_remote_code: bool) -> None:
+        self.reader = source
+        config = AutoConfig.from_pretrained(source.directory, trust_remote_code=trust_remote_code)
         if getattr(config, "quantization_config", None):
-            raise UserError("this model is already quantized", str(directory), "name the merged 16-bit directory")
+            fix = "name the merged 16-bit directory"
+            raise UserError("this model is already quantized", str(source.directory), fix)
         self.dtype: torch.dtype = config.dtype or _prevailing_dtype(self.reader)
         with _ParametersWithoutData():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
@@ -41,11 +44,17 @@ class Skeleton:
                 trust_remote_code=trust_remote_code,
             ).eval()
         self.layers_name, self.layers = decoder_layers(self.model)
+        self._stored = stored_names(self.model, expert_pieces(self.model))
+        take_experts_apart(self.model)
 
     def checkpoint_name(self, name: str) -> str:
-        """The tensor in the checkpoint that holds this parameter or buffer of the model's decoder."""
+        """The tensor in the checkpoint that holds this parameter or buffer of the model's decoder.
+
+        A name that ends with a dot stands for a module, and gives what the names of its tensors start with.
+        """
         module_prefix, checkpoint_prefix = self._prefixes
-        return checkpoint_prefix + name.removeprefix(module_prefix)
+        stored = self._renamed_modules.get(name) or self._stored.get(name, name)
+        return checkpoint_prefix + stored.removeprefix(module_prefix)
 
     def fill_layer(self, index: int, device: str) -> nn.Module:
         """Read decoder layer number `index` onto `device`, in the compute dtype."""
@@ -77,13 +86,23 @@ class Skeleton:
         module.requires_grad_(False)
 
     @cached_property
+    def _renamed_modules(self) -> dict[str, str]:
+        """Name → stored name of modules, both with a dot at their end, that are stored under another name."""
+        renamed: dict[str, str] = {}
+        for name, stored in self._stored.items():
+            while name != stored and name.rpartition(".")[2] == stored.rpartition(".")[2]:
+                name, stored = name.rpartition(".")[0], stored.rpartition(".")[0]
+                renamed.setdefault(f"{name}.", f"{stored}.")
+        return renamed
+
+    @cached_property
     def _prefixes(self) -> tuple[str, str]:
-        """(prefix of the decoder in the model, in the checkpoint); transformers renames some on loading."""
+        """(prefix of the decoder in the model, in the checkpoint); checkpoints of a part of the model lack some."""
         decoder = self.model.get_decoder()
         name = next(name for name, module in self.model.named_modules() if module is decoder)
-        expected = list(decoder.state_dict())
-        present = set(self.reader.names())
         prefix = f"{name}." if name else ""
+        expected = [self._stored[prefix + local].removeprefix(prefix) for local in decoder.state_dict()]
+        present = set(self.reader.names())
         # The longest name is the least likely to end a name of anything but the decoder.
         longest = max(expected, key=len)
         candidates = {found.removesuffix(longest) for found in present if found.endswith(longest)} | {prefix}
@@ -105,7 +124,7 @@ class Skeleton:
         )
 
 
-def _prevailing_dtype(reader: CheckpointReader) -> torch.dtype:
+def _prevailing_dtype(reader: TensorSource) -> torch.dtype:
     """The floating-point dtype with the most bytes in the checkpoint, for a config.json that names none."""
     sizes: Counter[torch.dtype] = Counter()
     for name in reader.names():

@@ -1,11 +1,15 @@
-"""Calibration rows: seeded, from training rows only, general text in the share and lengths asked for, never padded."""
+"""Calibration rows: seeded, of every kind that a recipe can name, in the share and lengths asked for, never padded."""
+
+import json
 
 import pytest
 
-from qlora.data.calibration import calibration_rows
+from qlora.data.calibration import calibration_row, calibration_rows
+from qlora.data.corpora import corpus_digest, corpus_texts
 from qlora.data.formats import Completion
-from qlora.data.rendering import render
+from qlora.data.rendering import RenderedRow, render
 from qlora.errors import UserError
+from qlora.recipe import Calibration
 
 GENERAL = [f"{n}: the quick brown fox jumps over the lazy dog.\n{n} again, and more of the same." for n in range(200)]
 
@@ -17,52 +21,105 @@ def train(chatml_tokenizer):
     ]
 
 
+@pytest.fixture
+def general_file(tmp_path):
+    path = tmp_path / "general.txt"
+    path.write_text("\n\n".join(GENERAL))
+    return str(path)
+
+
+def section(**keys) -> Calibration:
+    return Calibration.model_validate({"max_length": 99} | keys)
+
+
+def ids(rows) -> list[list[int]]:
+    return [list(row.input_ids) for row in rows]
+
+
 def test_draws_are_seeded_and_from_training_rows(train, chatml_tokenizer):
-    rows = calibration_rows(train, samples=16, max_length=99, seed=1, tokenizer=chatml_tokenizer)
-    assert len({tuple(row) for row in rows}) == 16
-    assert all(row in [known.input_ids for known in train] for row in rows)
-    assert rows == calibration_rows(train, samples=16, max_length=99, seed=1, tokenizer=chatml_tokenizer)
-    assert rows != calibration_rows(train, samples=16, max_length=99, seed=2, tokenizer=chatml_tokenizer)
+    rows = calibration_rows(section(samples=16), train, chatml_tokenizer, seed=1)
+    assert len({row.input_ids for row in rows}) == 16
+    assert all(row in [known.input_ids for known in train] for row in ids(rows))
+    assert rows == calibration_rows(section(samples=16), train, chatml_tokenizer, seed=1)
+    assert rows != calibration_rows(section(samples=16), train, chatml_tokenizer, seed=2)
 
 
 def test_evaluation_rows_and_duplicates_are_left_out(train, chatml_tokenizer):
-    rows = calibration_rows(
-        train + train, samples=99, max_length=99, seed=0, exclude=train[:10], tokenizer=chatml_tokenizer
-    )
-    assert sorted(rows) == sorted(row.input_ids for row in train[10:])
+    rows = calibration_rows(section(samples=99), train + train, chatml_tokenizer, seed=0, exclude=train[:10])
+    assert sorted(ids(rows)) == sorted(row.input_ids for row in train[10:])
     with pytest.raises(UserError, match="no training row is left"):
-        calibration_rows(train, samples=9, max_length=99, seed=0, exclude=train, tokenizer=chatml_tokenizer)
+        calibration_rows(section(samples=9), train, chatml_tokenizer, seed=0, exclude=train)
 
 
 def test_rows_are_cut_and_not_padded(train, chatml_tokenizer):
-    rows = calibration_rows(train, samples=40, max_length=7, seed=0, tokenizer=chatml_tokenizer)
-    assert {len(row) for row in rows} == {7}
-    assert all(row in [known.input_ids[:7] for known in train] for row in rows)
+    rows = calibration_rows(section(samples=40, max_length=7), train, chatml_tokenizer, seed=0)
+    assert {len(row.input_ids) for row in rows} == {7} == {len(row.loss) for row in rows}
+    assert all(row in [known.input_ids[:7] for known in train] for row in ids(rows))
 
 
-def test_the_mix_has_its_share_and_the_lengths_of_training_rows(train, llama3_tokenizer):
-    known = {tuple(row.input_ids) for row in train}
-    rows = calibration_rows(train, samples=40, max_length=99, seed=0, mix=(GENERAL, 0.25), tokenizer=llama3_tokenizer)
-    general = [row for row in rows if tuple(row) not in known]
-    assert (len(rows), len(general)) == (40, 10)
-    assert {len(row) for row in general} <= {len(row.input_ids) for row in train}
+def test_loss_stands_where_the_prediction_is_made():
+    row = RenderedRow([5, 6, 7, 8], [-100, -100, 7, 8], prompt_length=2, truncated=False, answer_text="")
+    assert calibration_row(row, 4).loss == (False, True, True, False)
+    assert calibration_row(row, 3).loss == (False, True, False)
+
+
+def test_general_text_fills_rows(train, llama3_tokenizer, general_file):
+    rows = calibration_rows(section(**{"from": general_file}, samples=12), train, llama3_tokenizer, seed=0)
+    assert len({row.input_ids for row in rows}) == 12
     corpus = "\n\n".join(GENERAL)
-    for row in general:
-        assert row[0] == llama3_tokenizer.bos_token_id
-        assert llama3_tokenizer.decode(row[1:]).rstrip("�") in corpus
-    assert len({tuple(row) for row in general}) == 10
+    for row in rows:
+        assert row.loss is None and len(row.input_ids) == 99
+        assert row.input_ids[0] == llama3_tokenizer.bos_token_id
+        assert llama3_tokenizer.decode(row.input_ids[1:]).rstrip("�") in corpus
 
 
-def test_the_share_holds_when_training_rows_run_out(train, chatml_tokenizer):
-    rows = calibration_rows(train, samples=400, max_length=99, seed=0, mix=(GENERAL, 0.2), tokenizer=chatml_tokenizer)
-    assert len(rows) == 50
+def test_the_mix_has_its_share(train, chatml_tokenizer, general_file):
+    known = {tuple(row.input_ids) for row in train}
+    rows = calibration_rows(
+        section(samples=40, mix={"from": general_file, "share": 0.25}), train, chatml_tokenizer, seed=0
+    )
+    general = [row for row in rows if row.input_ids not in known]
+    assert len(rows) - len(general) == 40 and all(row.loss is None for row in general)
+    tokens, mixed = (sum(len(row.input_ids) for row in part) for part in (rows, general))
+    # The nearest to a quarter that whole rows of 99 tokens allow.
+    assert abs(mixed - 0.25 * tokens) <= 99 / 2
 
 
-def test_general_text_alone(train, chatml_tokenizer):
-    rows = calibration_rows(train, samples=5, max_length=99, seed=0, mix=(GENERAL, 1.0), tokenizer=chatml_tokenizer)
-    assert len(rows) == 5
+def test_the_mix_takes_every_kind(train, llama3_tokenizer, general_file):
+    both = section(**{"from": general_file}, samples=4, mix={"from": "train", "share": 0.5})
+    rows = calibration_rows(both, train, llama3_tokenizer, seed=0)
+    parts = [sum(len(row.input_ids) for row in rows if (row.loss is None) is general) for general in (True, False)]
+    assert parts[0] == 4 * 99 and abs(parts[1] - parts[0]) < max(len(row.input_ids) for row in train)
 
 
-def test_too_little_general_text(train, chatml_tokenizer):
-    with pytest.raises(UserError, match="the general text is too short: 2 characters"):
-        calibration_rows(train, samples=8, max_length=99, seed=0, mix=(["hi"], 0.5), tokenizer=chatml_tokenizer)
+def test_strings_are_rows_of_their_own_length(train, llama3_tokenizer):
+    texts = ["one", "two three four", "x " * 200]
+    rows = calibration_rows(section(**{"from": texts}, samples=9), train, llama3_tokenizer, seed=0)
+    assert sorted(ids(rows)) == sorted(llama3_tokenizer(text)["input_ids"][:99] for text in texts)
+    with pytest.raises(UserError, match="a text without tokens"):
+        calibration_rows(section(**{"from": ["one", ""]}), train, llama3_tokenizer, seed=0)
+
+
+def test_too_little_general_text(train, chatml_tokenizer, tmp_path):
+    (tmp_path / "short.txt").write_text("hi")
+    with pytest.raises(UserError, match=r"short.txt is too short: 2 characters, and a row needs 99 tokens"):
+        calibration_rows(section(**{"from": str(tmp_path / "short.txt")}), train, chatml_tokenizer, seed=0)
+
+
+def test_a_corpus_of_the_hub_without_a_network_names_the_alternative():
+    with pytest.raises(UserError, match=r"Salesforce/wikitext(.|\n)*name a text file instead"):
+        corpus_texts("wikitext2")
+    with pytest.raises(UserError, match=r"nobody/nothing(.|\n)*quantize.calibration.from: general.txt"):
+        corpus_texts("nobody/nothing")
+
+
+def test_a_file_is_known_by_its_content_and_a_corpus_by_its_name(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"text": "a"}) + "\n")
+    before = corpus_digest(str(rows))
+    assert corpus_texts(str(rows)) == ["a"]
+    rows.write_text(json.dumps({"text": "b"}) + "\n")
+    assert corpus_digest(str(rows)) != before
+    assert corpus_digest("c4") == "c4" and corpus_digest(["a", "b"]) == ["a", "b"] and corpus_digest("train") == "train"
+    with pytest.raises(UserError, match="no such file"):
+        corpus_texts(str(tmp_path / "generel.txt"))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from qlora.evaluation.contract import engine_support, fitting_group_sizes
+from qlora.evaluation.contract import engine_support
 from qlora.models.gptq_format import GPTQFormat
 from qlora.models.shapes import LinearShape
+from qlora.quantization.settings import GPTQSettings
 
 
 def layer(hidden: int, feed_forward: int, attention: int | None = None) -> list[LinearShape]:
@@ -37,6 +38,7 @@ def test_the_default_checkpoint_of_llama_8b_loads_everywhere() -> None:
         "vLLM": [1, 2, 4, 8],
         "SGLang (Marlin)": [1, 2, 4, 8],
         "SGLang (legacy path)": [1, 2, 4, 8],
+        "gptqmodel": [1],
         "transformers + gptqmodel": [1],
         "ExLlamaV2": [1],
         "AutoGPTQ": [1],
@@ -48,16 +50,16 @@ def test_the_default_checkpoint_of_llama_8b_loads_everywhere() -> None:
     [
         (
             GPTQFormat(8, 128),
-            {"vLLM", "SGLang (Marlin)", "SGLang (legacy path)", "transformers + gptqmodel", "AutoGPTQ"},
+            {"vLLM", "SGLang (Marlin)", "SGLang (legacy path)", "gptqmodel", "transformers + gptqmodel", "AutoGPTQ"},
         ),
-        (GPTQFormat(3, 128), {"SGLang (legacy path)", "transformers + gptqmodel", "AutoGPTQ"}),
+        (GPTQFormat(3, 128), {"SGLang (legacy path)", "gptqmodel", "transformers + gptqmodel", "AutoGPTQ"}),
         (
             GPTQFormat(4, 128, sym=False),
-            {"SGLang (legacy path)", "transformers + gptqmodel", "ExLlamaV2", "AutoGPTQ"},
+            {"SGLang (legacy path)", "gptqmodel", "transformers + gptqmodel", "ExLlamaV2", "AutoGPTQ"},
         ),
         (
             GPTQFormat(4, 128, desc_act=True),
-            {"SGLang (legacy path)", "transformers + gptqmodel", "ExLlamaV2", "AutoGPTQ"},
+            {"SGLang (legacy path)", "gptqmodel", "transformers + gptqmodel", "ExLlamaV2", "AutoGPTQ"},
         ),
     ],
 )
@@ -86,7 +88,23 @@ def test_smollm2_needs_groups_of_64_and_one_gpu() -> None:
     assert accepted(GPTQFormat(4, 64), SMOLLM2, heads=9)["vLLM"] == [1]
 
 
-def test_fitting_group_sizes() -> None:
-    assert fitting_group_sizes(LLAMA_8B) == [128, 64, 32]
-    assert fitting_group_sizes(SMOLLM2) == [64, 32]
-    assert fitting_group_sizes([LinearShape("a", 100, 8)]) == []
+def test_modules_that_differ_are_read_by_some_engines_only() -> None:
+    longer = GPTQSettings(modules={"down_proj": {"bits": 8}}).format
+    assert {engine for engine, ranks in accepted(longer, LLAMA_8B).items() if ranks} == {
+        "vLLM", "SGLang (Marlin)", "SGLang (legacy path)", "gptqmodel",
+    }  # fmt: skip
+    assert accepted(GPTQSettings(modules={"down_proj": {"bits": 3}}).format, LLAMA_8B)["vLLM"] == []
+    skipping = accepted(GPTQSettings(skip=["down_proj"]).format, LLAMA_8B)
+    assert skipping["AutoGPTQ"] == [] and skipping["transformers + gptqmodel"] == skipping["ExLlamaV2"] == [1]
+
+
+def test_groups_are_those_of_each_module() -> None:
+    settings = GPTQSettings(group_size=128, modules={"": {"group_size": 64}}).format
+    assert accepted(settings, SMOLLM2, heads=9)["vLLM"] == [1]
+
+
+def test_awq_is_read_by_four_engines() -> None:
+    verdicts = engine_support(GPTQFormat(4, 128, sym=False), LLAMA_8B, method="awq")
+    assert {verdict.engine for verdict in verdicts if verdict.accepts} == {
+        "vLLM", "SGLang (Marlin)", "gptqmodel", "transformers + gptqmodel",
+    }  # fmt: skip

@@ -15,7 +15,6 @@ from qlora.errors import UserError
 from qlora.merging import base_weights
 from qlora.merging.base_weights import QuantizedWeight, row_blocks
 from qlora.merging.delta import LowRankUpdate, lora_scaling, matching_pattern
-from qlora.merging.merge import exact_float32_products
 from qlora.merging.names import tensor_names
 from qlora.models.provenance import QuantizationSettings, decompressed_absmax, one_block_per_row
 
@@ -28,7 +27,7 @@ from qlora.models.provenance import QuantizationSettings, decompressed_absmax, o
     dora=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_update_is_the_float64_formula_within_float32_rounding(
+def test_update_is_the_float64_formula_rounded_to_float32(
     sizes: tuple[int, int, int], alpha: float, rslora: bool, dora: bool, seed: int
 ) -> None:
     rows, columns, rank = sizes
@@ -38,17 +37,16 @@ def test_update_is_the_float64_formula_within_float32_rounding(
     scaling = lora_scaling(alpha, rank, rslora=rslora)
 
     exact = w.double() + scaling * (b.double() @ a.double())
-    bound = w.double().abs() + scaling * (b.double().abs() @ a.double().abs())
+    cancelled = 1e-12 * (w.double().abs() + scaling * (b.double().abs() @ a.double().abs()))
     if dora:
         factor = (magnitude.double() / exact.norm(dim=1)).unsqueeze(1)
-        # The norm's relative error is at most that of the row's largest relative error.
-        bound = factor * (bound + exact.abs() * (bound.norm(dim=1) / exact.norm(dim=1)).unsqueeze(1))
-        exact = factor * exact
-    update = LowRankUpdate(b, a, scaling, magnitude if dora else None)
+        exact, cancelled = factor * exact, factor * cancelled
+    update = LowRankUpdate(b.double(), a.double(), scaling, magnitude.double() if dora else None)
     cut = rows // 2
     merged = torch.cat([update.apply(w[part].clone(), part) for part in (slice(0, cut), slice(cut, rows))])
-    epsilon = torch.finfo(torch.float32).eps
-    assert ((merged.double() - exact).abs() <= (rank + columns + 8) * epsilon * bound).all()
+    # DoRA rounds twice: the sum, and the sum with its norm replaced.
+    tolerance = torch.finfo(torch.float32).eps * (2 if dora else 0.5)
+    assert ((merged.double() - exact).abs() <= tolerance * exact.abs() + cancelled).all()
 
 
 @pytest.mark.parametrize(
@@ -97,18 +95,6 @@ def test_row_blocks_cover_all_rows_in_whole_quantization_blocks(rows: int, colum
     assert [block.start for block in blocks] == [0, *(block.stop for block in blocks[:-1])]
     assert blocks[-1].stop == rows
     assert all((block.stop - block.start) * columns % 64 == 0 for block in blocks[:-1])
-
-
-def test_float32_products_are_exact_whatever_training_chose() -> None:
-    backend = torch.backends.cuda.matmul
-    before = backend.fp32_precision
-    backend.fp32_precision = "tf32"
-    try:
-        with exact_float32_products():
-            assert backend.fp32_precision == "ieee"
-        assert backend.fp32_precision == "tf32"
-    finally:
-        backend.fp32_precision = before
 
 
 CHECKPOINT = Path("checkpoint")

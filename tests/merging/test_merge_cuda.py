@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from bitsandbytes.functional import dequantize_4bit
 from safetensors.torch import load_file
 from transformers import Qwen2Config
 
-from qlora.merging import merge_adapter
+from qlora.merging import MergedSource, merge_adapter
 from qlora.models.provenance import ABSMAX_TOLERANCE
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -56,6 +57,25 @@ def test_merging_on_either_device_gives_the_model_trained_on_the_gpu(train: Call
             between = (merged["cuda"][f"{name}.weight"] - merged["cpu"][f"{name}.weight"]).abs().max()
             assert between < 2**-7 * expected.abs().max()
     assert adapted == 14
+
+
+def test_reading_in_a_thread_with_tf32_allowed_gives_the_same_values(train: Callable[..., Any], tmp_path: Path) -> None:
+    trained = train(compute_dtype=torch.bfloat16, device="cuda")
+    merge_adapter(trained.base, trained.adapter, tmp_path, base="dequantized", dtype=torch.float32, device="cuda")
+    merged = load_file(tmp_path / "model.safetensors")
+    source = MergedSource(
+        trained.base, trained.adapter, tmp_path, base="dequantized", dtype=torch.bfloat16, device="cuda"
+    )
+    names = [name for name in source.names() if "_proj.weight" in name]
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            tensors = list(pool.map(source.read, names))
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert len(names) == 14
+    assert all(torch.equal(tensor, merged[name]) for name, tensor in zip(names, tensors, strict=True))
 
 
 def test_logits(train: Callable[..., Any], tmp_path: Path) -> None:

@@ -66,15 +66,16 @@ def base_weight(layer: torch.nn.Module) -> torch.Tensor:
 
 
 def expected_weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """W' of every linear layer of the live model, by the formula, in fp32."""
+    """W' of every linear layer of the live model: the formula in fp64, rounded to fp32."""
     expected = {}
     for name, module in model.get_base_model().named_modules():
         if hasattr(module, "lora_A") and "default" in module.lora_A:
-            a, b = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()
-            weight = base_weight(module.base_layer) + module.scaling["default"] * (b @ a)
+            a, b = (lora["default"].weight.detach().double() for lora in (module.lora_A, module.lora_B))
+            weight = (base_weight(module.base_layer) + module.scaling["default"] * (b @ a)).float()
             if "default" in module.lora_magnitude_vector:
                 magnitude = module.lora_magnitude_vector["default"].weight.detach()
-                weight = (magnitude / torch.linalg.vector_norm(weight, dim=1)).unsqueeze(1) * weight
+                norm = torch.linalg.vector_norm(weight.double(), dim=1)
+                weight = ((magnitude / norm).unsqueeze(1) * weight.double()).float()
             expected[f"{name}.weight"] = weight
         elif isinstance(module, bitsandbytes.nn.Linear4bit) and not name.endswith("base_layer"):
             expected[f"{name}.weight"] = base_weight(module)
@@ -175,9 +176,9 @@ def test_original_base(train: Callable[..., Any], tmp_path: Path) -> None:
     assert report.base == "original"
     for name, module in trained.model.get_base_model().named_modules():
         if hasattr(module, "lora_A"):
-            a, b = module.lora_A["default"].weight.detach(), module.lora_B["default"].weight.detach()
-            expected = base[f"{name}.weight"].float() + module.scaling["default"] * (b @ a)
-            assert torch.equal(merged[f"{name}.weight"], expected)
+            a, b = (lora["default"].weight.detach().double() for lora in (module.lora_A, module.lora_B))
+            expected = base[f"{name}.weight"] + module.scaling["default"] * (b @ a)
+            assert torch.equal(merged[f"{name}.weight"], expected.float())
     untouched = [name for name in base if "q_proj.weight" not in name]
     assert all(torch.equal(merged[name].float(), base[name].float()) for name in untouched)
 

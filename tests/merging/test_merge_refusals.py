@@ -138,7 +138,6 @@ def test_a_rank_other_than_the_configured_is_refused(
     [
         ("peft_type", "IA3"),
         ("init_lora_weights", "pissa"),
-        ("fan_in_fan_out", True),
         ("trainable_token_indices", [3, 4]),
         ("alora_invocation_tokens", [1, 2]),
         ("target_parameters", ["mlp.experts.gate_up_proj"]),

@@ -169,6 +169,41 @@ def test_writer_refuses_the_same_tensor_twice(tmp_path: Path) -> None:
             writer.write("w", torch.ones(2))
 
 
+def test_an_interrupted_writer_is_continued_to_the_same_bytes(tmp_path: Path) -> None:
+    tensors = random_tensors()
+    write(tmp_path / "whole", tensors, max_shard_bytes=60)
+    done = list(tensors)[::2]
+    (tmp_path / "out").mkdir()
+    first = CheckpointWriter(tmp_path / "out", plan_of(tensors), max_shard_bytes=60)
+    for name in done:
+        first.write(name, tensors[name])
+    with CheckpointWriter(tmp_path / "out", plan_of(tensors), max_shard_bytes=60, written=done) as second:
+        with pytest.raises(ValueError, match="twice"):
+            second.write(done[0], tensors[done[0]])
+        for name in set(tensors) - set(done):
+            second.write(name, tensors[name])
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert files == sorted(path.name for path in (tmp_path / "out").iterdir()) and len(files) > 2
+    assert all((tmp_path / "whole" / name).read_bytes() == (tmp_path / "out" / name).read_bytes() for name in files)
+
+
+@pytest.mark.parametrize("damage", ["another plan", "cut short", "missing"])
+def test_files_of_another_writer_are_not_continued(tmp_path: Path, damage: str) -> None:
+    file = tmp_path / "model.safetensors"
+    plan = {name: TensorSpec(torch.float32, (4,)) for name in ("v", "w")}
+    CheckpointWriter(tmp_path, plan).write("v", torch.ones(4))
+    if damage == "another plan":
+        plan = {"v": plan["v"], "x": plan["w"]}
+    elif damage == "cut short":
+        file.write_bytes(file.read_bytes()[:-1])
+    else:
+        file.unlink()
+    before = file.read_bytes() if file.exists() else None
+    with pytest.raises(UserError, match="not the file that an interrupted run"):
+        CheckpointWriter(tmp_path, plan, written=["v"])
+    assert (file.read_bytes() if file.exists() else None) == before
+
+
 def test_too_large_for_the_disk(tmp_path: Path) -> None:
     with pytest.raises(WillNotFit, match="free on the disk"):
         CheckpointWriter(tmp_path, {"w": TensorSpec(torch.float32, (10**9, 10**9))})

@@ -173,7 +173,7 @@ def test_config_is_found_in_quantize_config_json(tmp_path):
         ({"quant_method": "awq"}, "awq"),
         ({"checkpoint_format": "gptq_v2"}, "gptq_v2"),
         ({"bits": 5}, "bits is 5"),
-        ({"dynamic": {"-:lm_head": {}}}, "dynamic"),
+        ({"dynamic": {"+:mlp": {"rotation": "hadamard"}}}, "dynamic changes rotation"),
     ],
 )
 def test_other_formats_are_refused(tmp_path, changes, message):
@@ -184,8 +184,17 @@ def test_other_formats_are_refused(tmp_path, changes, message):
 
 def test_a_plain_checkpoint_is_not_gptq(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(UserError, match="not a GPTQ checkpoint"):
+    with pytest.raises(UserError, match="not a quantized checkpoint"):
         read_quantization_config(tmp_path)
+
+
+def test_settings_of_modules_are_read_from_dynamic(tmp_path):
+    dynamic = {"-:.*layers\\.0": {}, ".*layers\\.1\\.": {"bits": 8}, "+:.*": {"group_size": 32}}
+    write_config(tmp_path, dynamic=dynamic)
+    settings = read_quantization_config(tmp_path)
+    assert settings.for_module("model.layers.0.mlp.up_proj") is None
+    assert settings.for_module("model.layers.1.mlp.up_proj") == GPTQFormat(8, 64)
+    assert settings.for_module("model.layers.12.mlp.up_proj") == GPTQFormat(4, 32)
 
 
 def test_v2_zeros_under_a_v1_name_are_found():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
+from transformers import Gemma3TextConfig, GPT2Config, GptOssConfig, LlamaConfig, MixtralConfig
 
 from qlora.errors import UserError
 from qlora.models.estimates import (
@@ -145,10 +145,31 @@ def test_gptq_disk_size_is_that_of_the_packed_tensors() -> None:
     assert gptq_disk_bytes(asked, shapes) == expected
 
 
-def test_a_model_without_linears_to_quantize_is_refused() -> None:
-    config = GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=100)  # its layers are Conv1D
-    with pytest.raises(UserError, match="no linear layer to quantize"):
-        model_shapes(skeleton(config))
+def test_gpt2_holds_its_weights_transposed() -> None:
+    shapes = model_shapes(skeleton(GPT2Config()))
+    assert shapes.total == 124_439_808  # as published
+    by_name = {linear.name: (linear.in_features, linear.out_features) for linear in shapes.linears}
+    assert by_name["transformer.h.11.mlp.c_fc"] == (768, 3072)
+    assert shapes.quantized == shapes.active == 12 * 12 * 768**2
+
+
+def test_a_token_passes_through_few_of_the_experts() -> None:
+    """Mixtral-8x7B: 46.7 billion parameters, of which a token uses 12.9 (arXiv:2401.04088)."""
+    model = skeleton(MixtralConfig(vocab_size=32000, hidden_size=4096, num_local_experts=8, num_experts_per_tok=2))
+    shapes = model_shapes(model)
+    assert shapes.total == 46_702_792_704
+    assert shapes.active + 2 * shapes.head == pytest.approx(12.9e9, rel=0.005)
+    assert shapes.quantized == 32 * (2 * 4096**2 + 2 * 4096 * 1024), "experts stay in 16 bits while training"
+    assert len(shapes.linears) == 32 * (4 + 3 * 8)
+    assert shapes.linears[4].name == "model.layers.0.block_sparse_moe.experts.0.w1"
+    assert shapes.feed_forward_size == 2 * 14336
+    adapter = adapter_shapes(model, Lora(r=8))
+    assert adapter.trainable == 32 * 8 * (2 * (4096 + 4096) + 2 * (4096 + 1024)), "attention only"
+
+
+def test_experts_of_another_kind_are_refused() -> None:
+    with pytest.raises(UserError, match="GptOssExperts"):
+        model_shapes(skeleton(GptOssConfig(num_hidden_layers=2, num_local_experts=4)))
 
 
 def test_a_missing_config_names_the_file(tmp_path) -> None:

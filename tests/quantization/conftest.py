@@ -12,6 +12,8 @@ from transformers import (
     Qwen3Config,
 )
 
+from qlora.data.calibration import CalibrationRow
+
 SIZES = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -74,8 +76,8 @@ def output_dir(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def rows() -> list[list[int]]:
+def rows() -> list[CalibrationRow]:
     """Calibration rows of 5 to 40 tokens."""
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(5, 41, (24,), generator=generator).tolist()
-    return [torch.randint(0, 160, (length,), generator=generator).tolist() for length in lengths]
+    return [CalibrationRow(tuple(torch.randint(0, 160, (length,), generator=generator).tolist())) for length in lengths]

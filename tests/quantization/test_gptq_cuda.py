@@ -6,7 +6,7 @@ import torch
 from qlora.models.checkpoint import CheckpointReader
 from qlora.models.gptq_format import TENSOR_NAMES, GPTQTensors, dequantize
 from qlora.quantization import GPTQSettings, quantize_checkpoint
-from qlora.quantization.hessian import HessianAccumulator
+from qlora.quantization.hessian import InputStatistics
 from qlora.quantization.solver import solve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -15,11 +15,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_hessians_accumulate_in_fp32(dtype):
     x_TK = torch.randn(3000, 200, generator=torch.Generator().manual_seed(0)).to(dtype)
-    accumulator = HessianAccumulator(200, "cuda")
+    accumulator = InputStatistics(200, "cuda")
     for batch in x_TK.split(1024):
         accumulator.add(batch.cuda())
     expected = (x_TK.double().T @ x_TK.double() / 3000).float()
-    torch.testing.assert_close(accumulator.mean().cpu(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(accumulator.hessian().cpu(), expected, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -29,7 +29,7 @@ def test_codes_are_those_of_the_cpu(bits, sym):
     x_TK = torch.randn(500, 128, generator=generator).double() @ torch.randn(128, 128, generator=generator).double()
     w_NK = torch.randn(64, 128, generator=generator, dtype=torch.float64)
     hessian = x_TK.T @ x_TK / 500
-    settings = GPTQSettings(bits=bits, group_size=64, sym=sym, block_size=50)
+    settings = GPTQSettings(bits=bits, group_size=64, sym=sym)
     on_cpu, on_gpu = solve(w_NK, hessian, settings), solve(w_NK.cuda(), hessian.cuda(), settings)
     assert torch.equal(on_cpu.grid.scales_GN, on_gpu.grid.scales_GN.cpu())
     assert (on_cpu.codes_KN == on_gpu.codes_KN.cpu()).double().mean() > 0.999

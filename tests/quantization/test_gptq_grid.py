@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qlora.models.gptq_format import SUPPORTED_BITS
-from qlora.quantization.grid import choose_grid
+from qlora.quantization.grid import Grid, choose_grid
 
 
 def weighted_error(w_KN, importance_K, grid, group_size):
@@ -12,6 +12,18 @@ def weighted_error(w_KN, importance_K, grid, group_size):
     scales, zeros = grid.scales_GN.float()[group], grid.zeros_GN.float()[group]
     codes = ((w_KN / scales).round() + zeros).clamp(0, 2**grid.bits - 1)
     return ((w_KN - scales * (codes - zeros)).square() * importance_K.unsqueeze(1)).sum()
+
+
+def full_range(w_KN, group_size, bits, sym) -> Grid:
+    """The grid that just holds every weight."""
+    w_GSN = w_KN.reshape(-1, group_size, w_KN.shape[1])
+    low_GN, high_GN = w_GSN.amin(1), w_GSN.amax(1)
+    middle = 2 ** (bits - 1)
+    if sym:
+        scales_GN = torch.maximum(-low_GN / middle, high_GN / (middle - 1)).half()
+        return Grid(scales_GN, torch.full_like(scales_GN, middle, dtype=torch.uint8), bits)
+    scales_GN = ((high_GN - low_GN) / (2**bits - 1)).half()
+    return Grid(scales_GN, (-low_GN / scales_GN).round().clamp(1, 2**bits - 1).to(torch.uint8), bits)
 
 
 @pytest.mark.parametrize("sym", [True, False])
@@ -22,7 +34,7 @@ def test_searching_is_never_worse_than_the_full_range(bits, sym):
     importance = torch.rand(64, generator=generator)
     options = {"bits": bits, "group_size": 32, "sym": sym}
     searched = choose_grid(w_KN, importance, **options)
-    full = choose_grid(w_KN, importance, **options, shrink_factors=(1.0,))
+    full = full_range(w_KN, 32, bits, sym)
     assert searched.scales_GN.dtype == torch.float16
     error, error_full = (weighted_error(w_KN, importance, grid, 32) for grid in (searched, full))
     assert error <= error_full

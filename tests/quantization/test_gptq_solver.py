@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qlora.models.gptq_format import SUPPORTED_BITS, dequantize, pack
-from qlora.quantization.hessian import HessianAccumulator
+from qlora.quantization.hessian import InputStatistics
 from qlora.quantization.settings import GPTQSettings
-from qlora.quantization.solver import HessianError, factorise_inverse, output_error, solve
+from qlora.quantization.solver import HessianError, factorise, output_error, quantize_columns, solve
 
 INPUTS, OUTPUTS = 96, 32
 
@@ -51,16 +51,53 @@ def naive_codes(w_NK, hessian, grid, g_idx, *, act_order, damp) -> torch.Tensor:
     return codes
 
 
-@pytest.mark.parametrize("block_size", [7, 128])
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
-def test_equals_the_naive_loop(bits, sym, act_order, block_size):
+def test_equals_the_naive_loop(bits, sym, act_order):
     w_NK, hessian = random_problem()
-    settings = GPTQSettings(bits=bits, group_size=32, sym=sym, act_order=act_order, block_size=block_size)
+    settings = GPTQSettings(bits=bits, group_size=32, sym=sym, act_order=act_order)
     solution = solve(w_NK, hessian, settings)
     expected = naive_codes(w_NK, hessian, solution.grid, solution.g_idx, act_order=act_order, damp=settings.damp)
     assert torch.equal(solution.codes_KN, expected)
+
+
+@pytest.mark.parametrize("block", [1, 7, 96])
+def test_blocks_change_nothing(block):
+    w_NK, hessian = random_problem()
+    grid = solve(w_NK, hessian, GPTQSettings(group_size=32)).grid
+    feedback_KK, cost_K = factorise(hessian, 0.01).feedback()
+    order_K = torch.arange(INPUTS)
+    arguments = (w_NK.T.contiguous(), feedback_KK, cost_K, grid, order_K // 32, order_K)
+    codes_KN, loss_N = quantize_columns(*arguments, block=block)
+    expected_KN, expected_N = quantize_columns(*arguments)
+    assert torch.equal(codes_KN, expected_KN)
+    torch.testing.assert_close(loss_N, expected_N)
+
+
+def test_the_loss_is_that_of_the_damped_hessian():
+    w_NK, hessian = random_problem()
+    solution = solve(w_NK, hessian, GPTQSettings(group_size=32, damp=0.05))
+    damped = hessian + 0.05 * hessian.diagonal().mean() * torch.eye(INPUTS)
+    torch.testing.assert_close(solution.loss_N, output_error(values(solution) - w_NK, damped))
+
+
+def test_asymmetric_calibration_aims_at_the_outputs_of_the_full_model():
+    generator = torch.Generator().manual_seed(2)
+    w_NK, _ = random_problem()
+    full_TK = torch.randn(400, INPUTS, generator=generator, dtype=torch.float64)
+    x_TK = full_TK + 0.3 * full_TK.roll(1, dims=1) + 0.05 * torch.randn(400, INPUTS, generator=generator).double()
+    hessian, drift = x_TK.T @ x_TK / 400, (full_TK - x_TK).T @ x_TK / 400
+    errors = []
+    for share in (0.0, 0.5, 1.0):
+        solution = solve(w_NK, hessian, GPTQSettings(group_size=32, asymmetric=share, damp=1e-6), drift)
+        errors.append((x_TK @ values(solution).T - full_TK @ w_NK.T).square().mean())
+    assert errors[0] > 2 * errors[1] and errors[1] > 2 * errors[2]
+    # With 8 bits nothing is left but what no weight can make up for.
+    solution = solve(w_NK, hessian, GPTQSettings(bits=8, group_size=32, asymmetric=1.0, damp=1e-9), drift)
+    target_TN = full_TK @ w_NK.T
+    best = (x_TK @ torch.linalg.lstsq(x_TK, target_TN).solution - target_TN).square().mean()
+    assert (x_TK @ values(solution).T - full_TK @ w_NK.T).square().mean() < 1.05 * best
 
 
 @pytest.mark.parametrize("act_order", [True, False])
@@ -128,13 +165,16 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest():
     assert torch.equal(solution.codes_KN, nearest(w_NK, solution.grid, solution.g_idx))
 
 
-def test_the_factor_is_that_of_the_inverse():
+def test_the_factor_is_that_of_the_damped_hessian():
     _, hessian = random_problem()
-    factor = factorise_inverse(hessian, 0.01)
-    upper = factor.unit_KK / factor.cost_K.sqrt().unsqueeze(1)
+    factor = factorise(hessian, 0.01)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(INPUTS)
-    torch.testing.assert_close(upper.T @ upper @ damped, torch.eye(INPUTS, dtype=torch.float64), atol=1e-8, rtol=0)
-    assert torch.equal(factor.unit_KK.tril(-1), torch.zeros(INPUTS, INPUTS, dtype=torch.float64))
+    torch.testing.assert_close(factor.lower_KK @ factor.lower_KK.T, damped)
+    feedback_KK, cost_K = factor.feedback()
+    # In the order of visits H = R·Rᵀ, with the rows of feedback those of Rᵀ, divided by the diagonal.
+    r_KK = (feedback_KK * cost_K.sqrt()[:, None]).T
+    torch.testing.assert_close(r_KK @ r_KK.T, damped.flip(0, 1))
+    assert torch.equal(feedback_KK.triu(1), torch.zeros(INPUTS, INPUTS, dtype=torch.float64))
 
 
 def test_ill_conditioned_hessians_are_solved_in_double_precision_before_more_damping():
@@ -143,8 +183,8 @@ def test_ill_conditioned_hessians_are_solved_in_double_precision_before_more_dam
     damp = 1e-8
     damped = hessian + damp * hessian.diagonal().mean() * torch.eye(INPUTS)
     assert torch.linalg.cholesky_ex(damped).info != 0
-    factor = factorise_inverse(hessian, damp)
-    assert factor.damp >= damp and torch.isfinite(factor.unit_KK).all()
+    factor = factorise(hessian, damp)
+    assert factor.damp >= damp and torch.isfinite(factor.lower_KK).all()
 
 
 def test_damping_is_raised_and_reported_where_precision_does_not_help():
@@ -153,7 +193,7 @@ def test_damping_is_raised_and_reported_where_precision_does_not_help():
     eigenvalues, vectors = torch.linalg.eigh(hessian)
     eigenvalues[0] = -0.05 * hessian.diagonal().mean()
     hessian = (vectors * eigenvalues) @ vectors.T
-    factor = factorise_inverse(hessian, 0.001)
+    factor = factorise(hessian, 0.001)
     assert factor.damp == pytest.approx(0.1)
 
 
@@ -167,7 +207,7 @@ def test_hessians_that_are_not_finite_are_an_error(value):
 
 def test_hessians_that_no_damping_helps_are_an_error():
     with pytest.raises(HessianError, match="not positive definite"):
-        factorise_inverse(torch.diag(torch.tensor([1.0, -10.0, 20.0])), 0.01)
+        factorise(torch.diag(torch.tensor([1.0, -10.0, 20.0])), 0.01)
 
 
 def test_weights_that_are_not_finite_are_an_error():
@@ -179,15 +219,15 @@ def test_weights_that_are_not_finite_are_an_error():
 
 def test_hessian_is_the_mean_of_products_over_batches():
     x_TK = torch.randn(50, 90, generator=torch.Generator().manual_seed(0)).bfloat16()
-    accumulator = HessianAccumulator(90, "cpu")
+    accumulator = InputStatistics(90, "cpu")
     for batch in x_TK.split([7, 20, 23]):
         accumulator.add(batch)
     expected = (x_TK.double().T @ x_TK.double() / 50).float()
-    hessian = accumulator.mean()
+    hessian = accumulator.hessian()
     torch.testing.assert_close(hessian, expected, atol=1e-6, rtol=1e-5)
     assert torch.equal(hessian, hessian.T)
 
 
 def test_a_hessian_of_no_tokens_is_an_error():
     with pytest.raises(RuntimeError, match="no calibration token"):
-        HessianAccumulator(8, "cpu").mean()
+        InputStatistics(8, "cpu").hessian()

@@ -1,23 +1,35 @@
 """The walk from layer to layer against the model's own forward: hidden states, groups, Hessians, padding."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from qlora.data.calibration import CalibrationRow
 from qlora.errors import UserError
+from qlora.models.checkpoint import CheckpointReader
 from qlora.quantization.calibration import make_batches
 from qlora.quantization.modules import layer_linears
 from qlora.quantization.skeleton import Skeleton
-from qlora.quantization.walk import collect_hessians, enter_model, real_tokens, shared_inputs
+from qlora.quantization.walk import (
+    CalibrationStates,
+    FullModel,
+    collect_statistics,
+    enter_model,
+    input_groups,
+    select_real,
+)
 
 KINDS = ["llama", "qwen2", "qwen3", "gemma3"]
 
 
-def open_walk(directory, rows, attn_implementation="sdpa"):
+def open_walk(directory, rows, attn_implementation="sdpa", prompt_weight=1.0):
     """(skeleton, states before the first layer) on the CPU; batches of up to 200 tokens."""
-    skeleton = Skeleton(directory, attn_implementation=attn_implementation, trust_remote_code=False)
-    batches = make_batches(rows, 200, 160, "cpu")
+    skeleton = Skeleton(CheckpointReader(directory), attn_implementation=attn_implementation, trust_remote_code=False)
+    batches = make_batches(rows, 200, 160, "cpu", prompt_weight)
     assert any(batch.real is not None for batch in batches) and len(batches) > 1
     return skeleton, enter_model(skeleton, batches, "cpu")
 
@@ -33,11 +45,11 @@ def test_hidden_states_are_those_of_the_model_run_row_by_row(save_model, rows, k
     directory = save_model(kind)
     skeleton, states = open_walk(directory, rows, attn_implementation)
     model = load(directory)
-    ordered = sorted(rows, key=len, reverse=True)
+    ordered = sorted((row.input_ids for row in rows), key=len, reverse=True)
     expected = [model(torch.tensor([row]), output_hidden_states=True).hidden_states for row in ordered]
     layers = len(skeleton.layers)
     for index in range(layers + 1):
-        found = torch.cat([real_tokens(h, b) for h, b in zip(states.hidden_BTD, states.batches, strict=True)])
+        found = torch.cat([select_real(h, b) for h, b in zip(states.hidden_BTD, states.batches, strict=True)])
         if index == layers:
             found = model.get_decoder().norm(found)
         torch.testing.assert_close(found, torch.cat([row[index][0] for row in expected]), atol=2e-4, rtol=2e-4)
@@ -49,12 +61,16 @@ def test_hidden_states_are_those_of_the_model_run_row_by_row(save_model, rows, k
 def test_linears_are_grouped_by_input_in_the_order_of_the_forward(save_model, rows):
     skeleton, states = open_walk(save_model("gemma3"), rows)
     layer = skeleton.fill_layer(0, "cpu")
-    assert shared_inputs(layer_linears(layer), layer, states, 0) == [
-        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-        ["self_attn.o_proj"],
-        ["mlp.gate_proj", "mlp.up_proj"],
-        ["mlp.down_proj"],
+    expected = [
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
     ]
+    stages, unreached = input_groups(layer_linears(layer), layer, states, 0, sequential=True)
+    assert [[group.names for group in stage] for stage in stages] == [[names] for names in expected] and not unreached
+    stages, _ = input_groups(layer_linears(layer), layer, states, 0, sequential=False)
+    assert [[group.names for group in stage] for stage in stages] == [expected]
 
 
 @torch.no_grad()
@@ -62,31 +78,65 @@ def test_a_linear_that_never_runs_is_an_error(save_model, rows):
     skeleton, states = open_walk(save_model("llama"), rows)
     layer = skeleton.fill_layer(0, "cpu")
     with pytest.raises(UserError, match="runs 0 times"):
-        shared_inputs({**layer_linears(layer), "idle": nn.Linear(64, 64)}, layer, states, 0)
+        input_groups({**layer_linears(layer), "idle": nn.Linear(64, 64)}, layer, states, 0, sequential=True)
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])
-def test_padding_stays_out_of_hessians(save_model, rows, kind):
+def test_statistics_are_those_of_real_tokens_at_their_weights(save_model, rows, kind, weighted):
     directory = save_model(kind)
-    skeleton, states = open_walk(directory, rows)
+    if weighted:
+        rows = [replace(row, loss=tuple(place >= 4 for place in range(len(row.input_ids)))) for row in rows]
+    skeleton, states = open_walk(directory, rows, prompt_weight=0.25)
     layer = skeleton.fill_layer(0, "cpu")
     linears = layer_linears(layer)
-    groups = shared_inputs(linears, layer, states, 0)
-    hessians = collect_hessians(linears, groups, layer, states, 0)
+    stages, _ = input_groups(linears, layer, states, 0, sequential=False)
+    statistics = collect_statistics(linears, stages[0], layer, states, 0)
 
     model = load(directory)
-    inputs: dict[str, list[torch.Tensor]] = {group[0]: [] for group in groups}
+    inputs: dict[str, list[torch.Tensor]] = {group.first: [] for group in stages[0]}
     for name, seen in inputs.items():
         module = model.get_submodule(f"{skeleton.layers_name}.0.{name}")
         module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0][0].double()))
     for row in rows:
-        model(torch.tensor([row]))
-    tokens = sum(map(len, rows))
-    for name, hessian in zip(inputs, hessians, strict=True):
+        model(torch.tensor([row.input_ids]))
+    weight_T1 = torch.cat([torch.ones(len(row.input_ids), 1, dtype=torch.float64) for row in rows])
+    if weighted:
+        weight_T1 = torch.where(torch.cat([torch.tensor(row.loss) for row in rows])[:, None], 1.0, 0.25).double()
+    for name, found in zip(inputs, statistics, strict=True):
         x_TK = torch.cat(inputs[name])
-        assert len(x_TK) == tokens
-        torch.testing.assert_close(hessian, (x_TK.T @ x_TK / tokens).float(), atol=1e-4, rtol=1e-3)
+        assert len(x_TK) == sum(len(row.input_ids) for row in rows) == found.tokens
+        expected = ((x_TK * weight_T1).T @ x_TK / weight_T1.sum()).float()
+        torch.testing.assert_close(found.hessian(), expected, atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_drift_is_the_way_from_the_quantized_inputs_to_those_of_the_full_model(save_model, rows):
+    skeleton, states = open_walk(save_model("llama"), rows)
+    full_states = states.clone()
+    layer = skeleton.fill_layer(0, "cpu")
+    full_layer = copy.deepcopy(layer)
+    layer.self_attn.v_proj.weight.mul_(0.9)
+    linears, full_linears = layer_linears(layer), layer_linears(full_layer)
+    stages, _ = input_groups(linears, layer, states, 0, sequential=True)
+    full = FullModel(full_layer, full_linears, full_states)
+    (found,) = collect_statistics(linears, stages[1], layer, states, 0, full)
+
+    def inputs_of_o_proj(module, linear, states: CalibrationStates) -> torch.Tensor:
+        seen = []
+        handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+        for batch, hidden in enumerate(states.hidden_BTD):
+            states.run(module, 0, batch, hidden)
+        handle.remove()
+        return torch.cat([select_real(x, batch) for x, batch in zip(seen, states.batches, strict=True)]).double()
+
+    name = stages[1][0].first
+    x_TK = inputs_of_o_proj(layer, linears[name], states)
+    full_TK = inputs_of_o_proj(full_layer, full_linears[name], full_states)
+    torch.testing.assert_close(x_TK, 0.9 * full_TK, atol=1e-5, rtol=1e-4)
+    expected = ((full_TK - x_TK).T @ x_TK / len(x_TK)).float()
+    torch.testing.assert_close(found.drift(), expected, atol=1e-5, rtol=1e-3)
 
 
 @torch.no_grad()
@@ -107,7 +157,7 @@ def test_weights_have_no_data_until_they_are_read(save_model, rows):
 
 
 def test_models_that_work_between_layers_are_refused(save_model, rows):
-    skeleton = Skeleton(save_model("llama"), attn_implementation="sdpa", trust_remote_code=False)
+    skeleton = Skeleton(CheckpointReader(save_model("llama")), attn_implementation="sdpa", trust_remote_code=False)
     # A model may do anything around its layers; a hook stands for code that scales what passes between two of them.
     skeleton.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
     with pytest.raises(UserError, match="between its layers"):
@@ -120,20 +170,20 @@ def test_models_that_work_between_layers_are_refused(save_model, rows):
 )
 def test_rows_that_cannot_calibrate_are_refused(rows, message):
     with pytest.raises(UserError, match=message):
-        make_batches(rows, 100, 160, "cpu")
+        make_batches([CalibrationRow(tuple(row)) for row in rows], 100, 160, "cpu")
 
 
 def test_batches_hold_every_row_once_and_little_padding(rows):
     batches = make_batches(rows, 100, 160, "cpu")
-    assert sum(batch.tokens for batch in batches) == sum(map(len, rows))
+    assert sum(batch.tokens for batch in batches) == sum(len(row.input_ids) for row in rows)
     found = []
     for batch in batches:
         flat = batch.input_ids_BT.reshape(-1)
         found += flat.tolist() if batch.real is None else flat[batch.real].tolist()
-    assert found == [token for row in sorted(rows, key=len, reverse=True) for token in row]
+    assert found == [token for row in sorted((row.input_ids for row in rows), key=len, reverse=True) for token in row]
     assert all(batch.input_ids_BT.numel() <= 100 for batch in batches)
 
 
 def test_a_row_longer_than_a_batch_makes_one_alone():
-    batches = make_batches([[1] * 30, [2] * 5, [3] * 5], 10, 160, "cpu")
+    batches = make_batches([CalibrationRow((token,) * length) for token, length in ((1, 30), (2, 5), (3, 5))], 10, 160, "cpu")
     assert [tuple(batch.input_ids_BT.shape) for batch in batches] == [(1, 30), (2, 5)]
