@@ -16,17 +16,18 @@ from typing import Any, ParamSpec, TypeVar
 
 from rich.console import Console
 
-from qlora.data.calibration import CalibrationRow, calibration_rows
 from qlora.data.formats import read_examples
 from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.rendering import PreparedData, RenderedRow, render_sources
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
-from qlora.models.estimates import Machine, StageEstimate, Workload, assumed_machine, estimate_stages
+from qlora.models.estimates import estimate_stages
 from qlora.models.loading import load_tokenizer, pick_device
 from qlora.models.preview import Preview, preview_base
+from qlora.models.resources import Machine, Rows, StageEstimate, Workload, assumed_machine
 from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, model_shapes, read_config, skeleton
 from qlora.quantization.external import check_options, check_outputs
+from qlora.quantization.preview import CalibrationPart, CalibrationPreview, preview_calibration, starved_linears
 from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
 from qlora.training.sft import Steps, plan_steps, sft_config
@@ -38,6 +39,7 @@ ADVICE = {
     "train": "lower train.micro_batch_size or data.max_length, keep train.gradient_checkpointing, or free memory",
     "merge": "free memory, or set device: cpu for this stage",
     "quantize": "lower quantize.calibration.max_length or samples, or free memory",
+    "refine": "lower quantize.refine.tokens_per_step, set quantize.refine: null, or free memory",
     "evaluate": "lower evaluate.batch_size, or free memory",
 }
 
@@ -75,6 +77,7 @@ class CheckReport:
     splits: list[SplitReport] = field(default_factory=list)
     example: list[Segment] = field(default_factory=list)
     """The first training row, in runs of learned and not learned text."""
+    calibration: list[CalibrationPart] = field(default_factory=list)
     steps: int | None = None
     rows_per_step: int | None = None
     stages: list[StageEstimate] = field(default_factory=list)
@@ -117,12 +120,18 @@ def check(recipe: Recipe) -> CheckReport:
     one_row = recipe.train.model_copy(update={"batch_size": 1, "tokens_per_step": None, "micro_batch_size": 1})
     trial = recipe.model_copy(update={"train": one_row})
     attempt(sft_config, trial, [1], device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
-    calibration = attempt(_calibration, recipe, train, evaluation, tokenizer)
+    held_out = evaluation.rows if evaluation else ()
+    assert tokenizer is not None, "rows were rendered with it"
+    calibration = attempt(preview_calibration, recipe, train.rows, tokenizer, held_out)
+    if calibration is not None:
+        report.calibration = calibration.parts
+        if shapes is not None:
+            report.warnings += attempt(starved_linears, recipe, shapes, calibration.rows) or []
     if steps is None or calibration is None or shapes is None or adapter is None:
         return report
     work, report.steps = _workload(recipe, steps, train.rows, calibration, evaluation)
     report.rows_per_step = steps.batch_size
-    report.stages = estimate_stages(recipe, shapes, adapter, work, report.machine)
+    report.stages = attempt(estimate_stages, recipe, shapes, adapter, work, report.machine) or []
     report.shortfalls = _shortfalls(report)
     return report
 
@@ -159,7 +168,7 @@ def _look_at_model(
     shapes = attempt(model_shapes, model) if model is not None else None
     if shapes is None or model is None:
         return None, None
-    attempt(_look_at_quantization, recipe, shapes, report, attempt)
+    attempt(_look_at_quantization, recipe, shapes, model.config.model_type, report, attempt)
     architecture = type(model).__name__
     adapter = attempt(adapter_shapes, model, recipe.lora)
     report.base = BaseFacts(
@@ -174,11 +183,17 @@ def _look_at_model(
     return shapes, adapter
 
 
-def _look_at_quantization(recipe: Recipe, shapes: ModelShapes, report: CheckReport, attempt: _Attempts) -> None:
+def _look_at_quantization(
+    recipe: Recipe, shapes: ModelShapes, model_type: str, report: CheckReport, attempt: _Attempts
+) -> None:
     section = recipe.quantize
     settings = GPTQSettings.from_recipe(section)
     report.engines = engine_support(
-        settings.format, shapes.linears, method=section.method, attention_heads=shapes.attention_heads
+        settings.format,
+        shapes.linears,
+        method=section.method,
+        attention_heads=shapes.attention_heads,
+        model_type=model_type,
     )
     linears = {shape.name: (shape.out_features, shape.in_features) for shape in shapes.linears}
     attempt(settings.check_shapes, linears)
@@ -231,18 +246,11 @@ def _look_at_data(
     return train, evaluation
 
 
-def _calibration(
-    recipe: Recipe, train: PreparedData, evaluation: PreparedData | None, tokenizer: Any
-) -> list[CalibrationRow]:
-    exclude = evaluation.rows if evaluation else ()
-    return calibration_rows(recipe.quantize.calibration, train.rows, tokenizer, seed=recipe.seed, exclude=exclude)
-
-
 def _workload(
     recipe: Recipe,
     steps: Steps,
     train: Sequence[RenderedRow],
-    calibration: Sequence[CalibrationRow],
+    calibration: CalibrationPreview,
     evaluation: PreparedData | None,
 ) -> tuple[Workload, int]:
     """Tokens per stage, and the number of optimizer steps."""
@@ -258,11 +266,10 @@ def _workload(
         train_tokens=round(count * steps.batch_size * row_tokens),
         train_sequence=sum(length**2 for length in lengths) / sum(lengths),
         micro_batch_tokens=recipe.train.micro_batch_size * longest,
-        calibration_tokens=sum(len(row.input_ids) for row in calibration),
-        calibration_longest=max(len(row.input_ids) for row in calibration),
-        eval_tokens=sum(len(row.input_ids) for row in held_out),
+        calibration=Rows.of(row.input_ids for row in calibration.rows),
+        refinement=Rows.of(row.input_ids for row in calibration.refinement) if calibration.refinement else None,
+        evaluation=Rows.of(row.input_ids for row in held_out),
         eval_answer_tokens=sum(row.supervised_tokens for row in held_out),
-        eval_longest=max((len(row.input_ids) for row in held_out), default=0),
         eval_longest_answer=max((row.supervised_tokens for row in held_out), default=0),
     )
     return work, count
@@ -293,6 +300,9 @@ def _notes(recipe: Recipe) -> list[Problem]:
                 fix='pip install "qlora[gptq]" where you will serve with transformers',
             )
         )
+    if recipe.quantize.engine == "gptqmodel":
+        what = "the memory shown is that of qlora's own engine; how long gptqmodel takes is not known"
+        notes.append(Problem(what, "quantize.engine"))
     if recipe.evaluate.generate:
         notes.append(Problem("times leave out generating answers", "evaluate.generate"))
     return notes

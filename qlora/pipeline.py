@@ -25,6 +25,7 @@ from qlora.measure import Measured, measured
 from qlora.recipe import Recipe
 from qlora.recipe_file import dump_recipe
 from qlora.reporting.console import StageProgress, console, duration, is_main_process, log_to
+from qlora.reporting.outcome import ladder_notes, quantize_notes, summary
 from qlora.reporting.tables import ladder_table
 from qlora.reporting.tracking import Tracker
 from qlora.stages import Progress, Run
@@ -147,7 +148,7 @@ class Pipeline:
         """Run the stage unless it is up to date."""
         entry = self.lineage.stages.get(stage.name, {})
         if self._is_current(stage):
-            self.out.print(f"  {stage.name:10} up to date ({stages.summary(stage.name, entry['metrics'])})")
+            self.out.print(f"  {stage.name:10} up to date ({summary(stage.name, entry['metrics'])})")
             return
         changed = self._what_changed(stage)
         if changed:
@@ -177,7 +178,7 @@ class Pipeline:
         entry |= {"status": "complete", "seconds": cost.seconds, "metrics": metrics, "outputs": manifest(target)}
         self.lineage.record(stage.name, entry)
         self.tracker.log(stage.name, metrics)
-        self.out.print(f"  {stage.name:10} {_cost(cost)} · {stages.summary(stage.name, metrics)}")
+        self.out.print(f"  {stage.name:10} {_cost(cost)} · {summary(stage.name, metrics)}")
 
     def _launch_training(self, processes: int) -> None:
         """Train in several processes, as `accelerate launch --num_processes N -m qlora train` would.
@@ -206,13 +207,15 @@ class Pipeline:
             raise QloraError(f"{started} process(es) trained instead of {processes}", "train.processes")
 
     def _finish(self) -> None:
-        """Show the ladder and where the checkpoint is. Raises `GateFailed` if a gate is missed."""
+        """Show the ladder, what fell short, and where the checkpoint is. Raises `GateFailed` if a gate is missed."""
         if self.recipe.data.eval is not None:
             ladder = stages.read_ladder(self.dirs)
             self.out.print()
             self.out.print(ladder_table(ladder["rungs"], ladder["rows"], ladder["tokens"]))
-            for note in stages.ladder_notes(self.recipe):
+            for note in ladder_notes(self.recipe):
                 self.out.print(note)
+        for note in quantize_notes(self.lineage.metrics("quantize")):
+            self.out.print(note, markup=False)
         self.out.print(f"\nGPTQ checkpoint: [bold]{self.dirs.gptq}[/bold]")
         if self.recipe.data.eval is not None and (failed := stages.failed_gates(self.recipe, ladder)):
             raise GateFailed(failed)

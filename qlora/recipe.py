@@ -224,9 +224,9 @@ class Calibration(Section):
 class Refine(Section):
     """Tuning of what the checkpoint holds beside its codes, after GPTQ, towards the merged model's predictions."""
 
-    steps: PositiveInt = 100
+    steps: PositiveInt = 50
     """Optimizer steps."""
-    tokens_per_step: PositiveInt = 4096
+    tokens_per_step: PositiveInt = 8192
     """Tokens of a step, padding included."""
     learning_rate: Annotated[float, Field(gt=0)] = 1e-3
     """Of the relative change of scales, at its peak."""
@@ -268,18 +268,28 @@ class Quantize(Section):
     """Inside a layer, calibrate each group of linears on the already quantized ones before it."""
     damp: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of the Hessian's mean diagonal added for stability; raised by itself where the Cholesky fails."""
-    asymmetric: Annotated[float, Field(ge=0, le=1)] = 0.0
-    """How far weights also make up for what quantization before them did to their inputs: 0 not at all, 1 fully."""
+    asymmetric_calibration: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """How far weights also make up for what quantization before them did to their inputs, so that outputs come close to
+    the full model's: 0 not at all, 1 fully. Experts of mixtures do not: they see other tokens in the full model."""
     prompt_weight: Annotated[float, Field(ge=0, le=1)] = 1.0
     """Weight of positions that carried no loss in training, in GPTQ and in refinement; those that did weigh 1."""
-    refine: Refine | None = None
-    """Tune scales and norms after GPTQ; null: leave them as GPTQ chose them."""
+    refine: Refine | None = Refine()
+    """Tune scales and norms after GPTQ, the native engine's; null: leave them as GPTQ chose them."""
     modules: dict[str, ModuleSettings] = {}
     """Regular expression, searched in full module names → settings that differ there. The first that matches counts."""
     skip: list[str] = []
     """Regular expressions, searched in full module names, of what stays in 16 bits. They come before `modules`."""
     calibration: Calibration = Calibration()
     """Where the calibration rows come from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _other_engines_do_not_refine(cls, section: Any) -> Any:
+        if isinstance(section, dict) and section.get("engine", "native") != "native":
+            if section.get("refine") is not None:
+                raise ValueError("refine tunes what engine: native wrote; leave it out, or set it to null")
+            return section | {"refine": None}
+        return section
 
     @model_validator(mode="after")
     def _method_fits(self) -> Quantize:

@@ -11,10 +11,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.artifacts import file_digest, read_json, write_json
+from qlora.artifacts import Lineage, file_digest, read_json, write_json
 from qlora.errors import Problem, UserError
 from qlora.paths import RunDir
 from qlora.recipe import Calibration, Quantize, Recipe
+from qlora.reporting.outcome import quantized_label
 
 if TYPE_CHECKING:
     from qlora.data.calibration import CalibrationRow
@@ -239,18 +240,12 @@ def _rungs(run: Run) -> list[Any]:
         Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),
         Rung(
             "gptq",
-            _quantized_label(run.recipe.quantize),
+            quantized_label(run.recipe.quantize, Lineage(run.dirs.lineage).metrics("quantize")),
             partial(load_gptq, run.dirs.gptq, dtype, device, **options),
         ),
     ]
     left_out = {name for name, there in (("nf4", quantized), ("merged", run.recipe.merge.write)) if not there}
     return [rung for rung in rungs if rung.name not in left_out]
-
-
-def _quantized_label(section: Quantize) -> str:
-    by = "" if section.engine == "native" else f" by {section.engine}"
-    mixed = ", some modules otherwise" if section.modules or section.skip else ""
-    return f"{section.method.upper()}{by}, {section.bits} bits, group {section.group_size}{mixed}"
 
 
 def failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
@@ -287,32 +282,8 @@ ADVICE = {
 }
 
 
-def ladder_notes(recipe: Recipe) -> list[str]:
-    """What the ladder of this recipe does not show, and why."""
-    if recipe.merge.write:
-        return []
-    note = "merged: not measured, because merge.write is false and it is not on disk; the gate merge_kl did not apply"
-    checked = "; every 4-bit code of the base was compared with that of training"
-    return [note + (checked if recipe.model.quantization != "none" else "")]
-
-
 def read_ladder(dirs: RunDir) -> dict[str, Any]:
     return read_json(dirs.evaluation / "ladder.json")
-
-
-def summary(stage: str, metrics: dict[str, Any]) -> str:
-    """A few words about a stage's metrics."""
-    if stage == "train":
-        loss = metrics["final_loss"] if metrics["final_loss"] is not None else metrics["mean_loss"]
-        rate = f", {metrics['tokens_per_second']:,.0f} tok/s" if metrics["tokens_per_second"] else ""
-        return f"{metrics['steps']} steps, loss {loss:.3f}{rate}"
-    if stage == "merge":
-        done = "merged in fp32" if metrics["weights_written"] else "checked, no weights written"
-        return f"{metrics['merged_modules']} layers {done}, base as trained"
-    if stage == "quantize":
-        return f"{len(metrics['modules'])} layers, {metrics['calibration_tokens']:,} calibration tokens"
-    merged = f"of merged {metrics['merged_kl']:.4f}" if "merged_kl" in metrics else "merged not measured"
-    return f"KL of GPTQ to trained {metrics['gptq_kl']:.4f}, {merged}"
 
 
 def _release_memory() -> None:

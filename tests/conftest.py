@@ -109,7 +109,7 @@ def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
                 "gradient_checkpointing": False,
                 "checkpoint_every": 2,
             },
-            "quantize": {"group_size": 32, "calibration": {"samples": 8}},
+            "quantize": {"group_size": 32, "calibration": {"samples": 8}, "refine": None},
             "evaluate": {"rows": None, "gates": {"merge_kl": None}},
         }
         for section, values in sections.items():

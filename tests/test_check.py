@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from qlora.check import CheckReport, check, print_check
 from qlora.errors import UserError, WillNotFit
@@ -74,7 +74,7 @@ def make(model_dir: Path, data_dir: Path, tmp_path: Path):
                 "eval": {"path": str(data_dir / "eval.jsonl")},
             },
             "train": {"batch_size": 4, "micro_batch_size": 2, "epochs": 2},
-            "quantize": {"group_size": 32},
+            "quantize": {"group_size": 32, "refine": None},
         }
         for name, values in sections.items():
             tree[name] = tree.get(name, {}) | values
@@ -200,6 +200,57 @@ def test_rules_for_modules_are_held_against_the_model(make) -> None:
     assert "vLLM" in gpus and "transformers + gptqmodel" not in gpus
     problems = check(make(quantize={"modules": {"q_proj": {"bits": 8}}, "skip": ["lm_head"]})).problems
     assert ["no module that is quantized" in problems[0].what, "as one module" in problems[1].what] == [True, True]
+
+
+def test_the_calibration_mix_is_shown_in_tokens(make, tmp_path: Path) -> None:
+    (tmp_path / "general.txt").write_text("The river bends twice before it meets the sea.\n\n" * 40)
+    mix = {"from": str(tmp_path / "general.txt"), "share": 0.25}
+    report = check(make(quantize={"calibration": {"samples": 8, "max_length": 32, "mix": mix}}))
+    train, general = report.calibration
+    assert (train.source, train.rows, general.source) == ("train", 8, mix["from"])
+    assert general.tokens == general.rows * 32
+    assert general.tokens / (train.tokens + general.tokens) == pytest.approx(0.25, abs=0.05)
+    assert f"8 rows of train, {train.tokens / (train.tokens + general.tokens):.1%} of the tokens" in printed(report)
+
+
+def test_too_few_calibration_tokens_are_a_warning_before_any_work(make) -> None:
+    def starved(**quantize: Any) -> list[str]:
+        return [w.what for w in check(make(quantize=quantize)).warnings if w.where == "quantize.calibration"]
+
+    assert starved(calibration={"samples": 12}) == []
+    (what,) = starved(calibration={"from": ["a few words of text"]})
+    assert what == (
+        "14 of 14 modules will see fewer calibration tokens than they have inputs "
+        "(model.layers.0.mlp.down_proj: about 19 for 192)"
+    )
+    (what,) = starved(calibration={"samples": 12}, prompt_weight=0)
+    assert what.startswith("2 of 14"), "answers alone, of 10 or 11 tokens"
+
+
+def test_refinement_has_a_row_of_its_own(make) -> None:
+    report = check(make(quantize={"refine": {"steps": 5, "samples": 3}}))
+    assert [stage.stage for stage in report.stages] == ["train", "merge", "quantize", "refine", "evaluate"]
+    more = check(make(quantize={"refine": {"steps": 10, "samples": 3}}))
+    seconds = [next(stage.seconds for stage in found.stages if stage.stage == "refine") for found in (report, more)]
+    assert seconds[1] > 1.5 * seconds[0]
+    assert "\nrefine " in printed(report)
+    assert all(stage.disk == 0 for stage in report.stages if stage.stage == "refine")
+
+
+def test_engines_that_fail_with_the_architecture_are_named(make, model_dir: Path, tmp_path: Path) -> None:
+    for file in model_dir.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "config.json").unlink()
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=300, architectures=["GPT2LMHeadModel"])
+    config.save_pretrained(tmp_path)
+    report = check(make(model={"base": str(tmp_path)}))
+    assert report.problems == []
+    assert "cannot load GPT-2" in printed(report)
+
+
+def test_rules_that_cannot_be_followed_are_named_once(make) -> None:
+    problems = check(make(quantize={"skip": ["layers"]})).problems
+    assert [problem.what for problem in problems] == ["every module is skipped"]
 
 
 def test_another_engine_is_looked_at_before_it_runs(make, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from qlora.errors import UserError
+from qlora.pipeline import Pipeline
+from qlora.recipe_file import load_recipe
+
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -69,7 +73,9 @@ def test_wrong_paths_are_all_named(tiny_recipe, tmp_path):
 def test_empty_and_malformed_data(tiny_recipe, tmp_path, content, message):
     file = tmp_path / "facts.jsonl"
     file.write_text(content)
-    assert message in fails(2, "train", tiny_recipe(data={"train": [{"path": str(file)}]}))
+    with pytest.raises(UserError) as caught:
+        Pipeline(load_recipe(tiny_recipe(data={"train": [{"path": str(file)}]}))).run_stage("train")
+    assert message in str(caught.value) and caught.value.exit_code == 2
 
 
 def test_group_size_that_does_not_divide_proposes_those_that_do(tiny_recipe):

@@ -3,20 +3,25 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from qlora.artifacts import read_json
 from qlora.errors import GateFailed, UserError
 from qlora.pipeline import Pipeline
 from qlora.recipe_file import load_recipe
 
-STAGES = ("train", "merge", "quantize", "evaluate")
+OUTPUTS = {"train": "adapter", "merge": "merged", "quantize": "gptq", "evaluate": "evaluation"}
+STAGES = tuple(OUTPUTS)
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -34,6 +39,31 @@ def command(*arguments: str, **options) -> subprocess.CompletedProcess:
         env=ENVIRONMENT,
         **options,
     )
+
+
+def kill_when(condition: Callable[[], bool], *arguments: object) -> None:
+    """Start a command, and kill -9 it as soon as the condition holds."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "qlora", *map(str, arguments)],
+        env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not condition():
+        assert process.poll() is None, "the command ended before it could be killed"
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def copy_before(stage: str, whole: Path, folder: Path) -> Path:
+    """A copy of a finished run in `folder` as it was before `stage`."""
+    run_dir = folder / whole.name
+    if stage != "train":
+        shutil.copytree(whole, run_dir)
+        for later in STAGES[STAGES.index(stage) :]:
+            shutil.rmtree(run_dir / OUTPUTS[later])
+    return run_dir
 
 
 def weights(run_dir: Path) -> dict[str, str]:
@@ -59,7 +89,7 @@ def finished(tmp_path_factory, tiny_model, facts_file, eval_file):
         "model": {"base": str(tiny_model)},
         "data": {"train": [{"path": str(facts_file)}], "eval": {"path": str(eval_file)}, "max_length": 96},
         "train": {"max_steps": 12, "epochs": 100, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.005},
-        "quantize": {"group_size": 32, "calibration": {"samples": 8}},
+        "quantize": {"group_size": 32, "calibration": {"samples": 8}, "refine": {"steps": 5}},
         "evaluate": {"gates": {"merge_kl": None}},
     }
     recipe["train"] |= {"checkpoint_every": 3, "gradient_checkpointing": False}
@@ -141,6 +171,7 @@ def test_the_content_of_calibration_text_and_templates_counts_not_their_paths(
         ["merge.dtype=float32", "quantize.bits=3", "quantize.sym=false", "quantize.group_size=-1"],
         ["data.packing=true", "train.batch_size=null", "train.tokens_per_step=96", "train.gradient_checkpointing=true"],
         ["data.loss_on=all", "train.evaluate_every=3", "train.args={neftune_noise_alpha: 5}"],
+        ["quantize.asymmetric_calibration=1", "quantize.prompt_weight=0.25"],
     ],
     ids=lambda overrides: overrides[0],
 )
@@ -163,21 +194,11 @@ def test_moving_the_base_does_not_train_again(finished, tiny_model, tmp_path):
 @pytest.mark.parametrize("stage", STAGES)
 def test_kill_9_in_a_stage_then_run_again_ends_with_the_same_bytes(finished, stage, tmp_path):
     path, whole, _ = finished
-    run_dir = tmp_path / "whole"
-    output = {"train": "adapter", "merge": "merged", "quantize": "gptq", "evaluate": "evaluation"}[stage]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora", "run", str(path), f"output_dir={tmp_path}"],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    run_dir = copy_before(stage, whole, tmp_path)
+    output = OUTPUTS[stage]
     # In training, after a checkpoint; in the others, as soon as the stage has its folder.
     inside = run_dir / "checkpoints/checkpoint-6/complete" if stage == "train" else run_dir / f"{output}.partial"
-    while not inside.exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_when(inside.exists, "run", path, f"output_dir={tmp_path}")
     assert not (run_dir / output).exists()
 
     run(path, f"output_dir={tmp_path}")
@@ -190,18 +211,8 @@ def test_kill_9_in_a_stage_then_run_again_ends_with_the_same_bytes(finished, sta
 @pytest.mark.parametrize("change", [[], ["quantize.bits=8"]], ids=["the same recipe", "another recipe"])
 def test_what_an_interrupted_quantize_left_goes_to_the_same_work_only(finished, change, tmp_path):
     path, whole, _ = finished
-    run_dir = tmp_path / "whole"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora", "run", str(path), f"output_dir={tmp_path}"],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    while not (run_dir / "gptq.partial").exists():
-        assert process.poll() is None, "the run ended before it could be killed"
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    run_dir = copy_before("quantize", whole, tmp_path)
+    kill_when((run_dir / "gptq.partial").exists, "run", path, f"output_dir={tmp_path}")
     (run_dir / "gptq.partial" / "left").touch()
     run(path, f"output_dir={tmp_path}", *change)
     assert (run_dir / "gptq" / "left").exists() == (not change)
@@ -232,6 +243,81 @@ def test_without_merged_weights_gptq_is_the_same_and_the_ladder_says_what_it_lac
     after = weights(run_dir)
     assert after["merged/config.json"] == direct["merged/config.json"]
     assert after["gptq/model.safetensors"] != direct["gptq/model.safetensors"]
+
+
+@pytest.fixture
+def refine(tmp_path) -> list[str]:
+    """Overrides for a refinement that pays: at 3 bits, on text enough for what is learnt to hold on rows held back."""
+    text = tmp_path / "sums.txt"
+    text.write_text("".join(f"The sum of {i} and {i} is {2 * i}.\n\n" for i in range(300)))
+    calibration = f"quantize.calibration={{from: {text}, samples: 32, max_length: 64}}"
+    steps = "quantize.refine={steps: 10, tokens_per_step: 512, learning_rate: 0.003, held_out: 0.25}"
+    return ["quantize.bits=3", calibration, steps]
+
+
+def codes(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Everything of the GPTQ checkpoint that refinement must leave alone."""
+    tensors = load_file(run_dir / "gptq" / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith(".scales") and "norm" not in name}
+
+
+def test_refinement_follows_gptq_and_needs_no_merged_weights(tiny_recipe, refine, capsys):
+    path, exact = tiny_recipe(), ["model.compute_dtype=float32", "merge.dtype=float32"]
+    run_dir = run(path, *exact, *refine, "quantize.refine=null")
+    plain, plain_codes = weights(run_dir), codes(run_dir)
+    capsys.readouterr()
+    run(path, *exact, *refine)
+    output = " ".join(capsys.readouterr().out.split())
+    assert "merge up to date" in output and "quantize runs again because quantize.refine" in output
+    refined = weights(run_dir)
+    changed = {name for name in plain if plain[name] != refined[name]}
+    assert changed == {"gptq/model.safetensors"}
+    assert all(torch.equal(tensor, plain_codes[name]) for name, tensor in codes(run_dir).items())
+    report = read_json(run_dir / "lineage.json")["stages"]["quantize"]["metrics"]["refine"]
+    assert report["kept"] and report["kl_after"] < report["kl_before"]
+    assert (report["rows"], report["held_out_rows"]) == (24, 8)
+
+    run(path, *exact, *refine, "merge.write=false")
+    direct = weights(run_dir)
+    assert not list(run_dir.rglob("merged/*.safetensors"))
+    assert direct["gptq/model.safetensors"] == refined["gptq/model.safetensors"]
+
+
+def test_kill_9_in_refinement_then_run_again_ends_with_the_same_bytes(finished, refine, tmp_path):
+    path, whole, _ = finished
+    uninterrupted, run_dir = (copy_before("quantize", whole, tmp_path / name) for name in ("uninterrupted", "killed"))
+    run(path, *refine, f"output_dir={uninterrupted.parent}")
+    partial = run_dir / "gptq.partial"
+
+    def is_refining() -> bool:
+        return (partial / "quantize_config.json").exists() and not (partial / "progress.jsonl").exists()
+
+    kill_when(is_refining, "quantize", path, f"output_dir={run_dir.parent}", *refine)
+    file = partial / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1000:] = bytes(1000)  # as if it had been writing
+    file.write_bytes(content)
+    run(path, *refine, f"output_dir={run_dir.parent}")
+    assert weights(run_dir) == weights(uninterrupted)
+    assert read_json(run_dir / "lineage.json")["stages"]["quantize"]["metrics"]["refine"]["kept"]
+
+
+def test_the_ladder_names_refinement_and_every_fallback(tiny_recipe, capsys):
+    path = tiny_recipe()
+    run_dir = run(path, "quantize.refine={steps: 8, tokens_per_step: 128}", "quantize.calibration.samples=2")
+    output = " ".join(capsys.readouterr().out.split())
+    metrics = read_json(run_dir / "lineage.json")["stages"]["quantize"]["metrics"]
+    refined = metrics["refine"]
+    assert f"KL on held-back rows {refined['kl_before']:.4f} → {refined['kl_after']:.4f}" in output
+    ladder = read_json(run_dir / "evaluation" / "ladder.json")
+    assert ladder["rungs"][-1]["label"].endswith(", refined") == refined["kept"]
+    assert ("refinement was not kept" in output) != refined["kept"]
+    assert any("fewer calibration tokens" in warning for warning in metrics["warnings"])
+    below = output[output.index("The ladder") :]
+    for warning in metrics["warnings"]:
+        assert f"quantized: {warning}" in below
+    run(path, "quantize.refine={steps: 8, tokens_per_step: 128}", "quantize.calibration.samples=2")
+    assert "quantized: " in capsys.readouterr().out, "also when nothing is left to do"
 
 
 def test_ctrl_c_ends_with_130_within_seconds_and_the_run_continues(finished, tmp_path):
@@ -294,6 +380,18 @@ def test_without_eval_rows_the_run_says_that_nothing_was_measured(tiny_recipe, c
     run_dir = run(tiny_recipe(), "data.eval=null")
     assert (run_dir / "gptq/model.safetensors").is_file() and not (run_dir / "evaluation").exists()
     assert "nothing was measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_a_gptq_base_is_refused_by_name_before_any_work(finished, tiny_recipe, quantization, tmp_path):
+    _, whole, _ = finished
+    path = tiny_recipe(model={"base": str(whole / "gptq"), "quantization": quantization})
+    with pytest.raises(UserError) as caught:
+        run(path)
+    (problem,) = caught.value.problems
+    assert "quantized already (gptq)" in problem.what and problem.where == str(whole / "gptq")
+    left = {file.name for file in (tmp_path / "runs" / "tiny").iterdir() if not file.name.startswith(".")}
+    assert left == {"recipe.yaml", "logs"}
 
 
 def test_recipe_in_the_run_directory_runs_as_it_is(finished):

@@ -126,3 +126,14 @@ def test_every_key_of_the_schema_says_what_it_does():
         for name, field in definition["properties"].items():
             assert field.get("description"), name
         assert definition["additionalProperties"] is False
+
+
+def test_only_the_native_engine_refines():
+    from pydantic import ValidationError
+
+    from qlora.recipe import Quantize
+
+    assert Quantize().refine is not None
+    assert Quantize.model_validate({"engine": "gptqmodel"}).refine is None
+    with pytest.raises(ValidationError, match="refine tunes what engine: native wrote"):
+        Quantize.model_validate({"engine": "gptqmodel", "refine": {"steps": 3}})

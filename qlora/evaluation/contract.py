@@ -1,7 +1,7 @@
 """The serving contract: which inference engines will load a GPTQ or AWQ checkpoint, on how many GPUs, and why not.
 
 Known before anything is quantized: it follows from the settings and the shapes of the linear layers. The rules were
-read in the engines' sources at the versions named.
+read in the engines' sources at the versions named; what is said of architectures was found with tiny random models.
 """
 
 from __future__ import annotations
@@ -93,6 +93,21 @@ AWQ_RULES = (
 )
 RULES = {"gptq": GPTQ_RULES, "awq": AWQ_RULES}
 
+# Engine → the config's `model_type` → why its GPTQ checkpoints are not read as they are.
+_IGNORED = "reads {} without the packed tensors and says nothing: logits are off by {} of their norm"
+ARCHITECTURE_REFUSALS = {
+    "transformers + gptqmodel": {
+        "falcon": _IGNORED.format("Falcon", "104 %"),
+        "gpt2": "cannot load GPT-2 (it raises)",
+        "mixtral": _IGNORED.format("Mixtral", "54 %"),
+        "qwen3_moe": _IGNORED.format("Qwen3-MoE", "14 %"),
+    },
+    "gptqmodel": {
+        "mixtral": "looks for Mixtral's experts as mlp.experts.N.gate_proj, up_proj and down_proj; checkpoints of "
+        "Mixtral name them block_sparse_moe.experts.N.w1, w3 and w2",
+    },
+}
+
 
 @dataclass(frozen=True)
 class EngineVerdict:
@@ -106,21 +121,38 @@ class EngineVerdict:
 
 
 def engine_support(
-    settings: Settings, shapes: Sequence[LinearShape], *, method: str = "gptq", attention_heads: int | None = None
+    settings: Settings,
+    shapes: Sequence[LinearShape],
+    *,
+    method: str = "gptq",
+    attention_heads: int | None = None,
+    model_type: str = "",
 ) -> list[EngineVerdict]:
     """A verdict per engine and number of GPUs that the engine can be asked for.
 
     `shapes`: all linears that could be quantized; `settings.for_module` says what becomes of each. `method`: `gptq`
     or `awq`. `attention_heads` (of the model) must be divisible by the number of GPUs; None leaves that out.
+    `model_type`: as in the model's config; engines fail with some architectures whatever the settings.
     """
     verdicts = []
     for rule in RULES[method]:
+        # Looked at with GPTQ only.
+        unread = _architecture_refused(rule.engine, model_type, shapes) if method == "gptq" else []
         for ranks in rule.tensor_parallel:
-            reasons = _refusals(rule, settings, shapes, ranks, attention_heads)
+            reasons = unread + _refusals(rule, settings, shapes, ranks, attention_heads)
             verdicts.append(
                 EngineVerdict(rule.engine, rule.version, ranks, not reasons, "; ".join(reasons) or rule.note)
             )
     return verdicts
+
+
+def _architecture_refused(engine: str, model_type: str, shapes: Sequence[LinearShape]) -> list[str]:
+    reason = ARCHITECTURE_REFUSALS.get(engine, {}).get(model_type)
+    reasons = [reason] if reason else []
+    dense = any(shape.experts == 1 and ".mlp." in shape.name for shape in shapes)
+    if engine == "gptqmodel" and model_type == "qwen3_moe" and dense:
+        reasons.append("drops the layers of Qwen3-MoE that have no experts (mlp_only_layers)")
+    return reasons
 
 
 def _refusals(

@@ -63,8 +63,10 @@ class TensorSpec:
 class TensorSource(Protocol):
     """The tensors of one model, whether they lie on disk or are computed when they are read."""
 
-    directory: Path
-    """Holds config.json and tokenizer; not necessarily any weights."""
+    @property
+    def directory(self) -> Path:
+        """Holds config.json and tokenizer; not necessarily any weights."""
+        ...
 
     def names(self) -> list[str]:
         """All tensor names, in the order in which they are best read."""

@@ -11,6 +11,8 @@ from qlora.errors import UserError, missing_extra
 
 # Config, tokenizer and model code of a hub repository, in kilobytes to a few megabytes.
 SMALL_FILES = ["*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+# Files beside config.json that alone say how older tools quantized a checkpoint.
+OLDER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 
 @dataclass(frozen=True)
@@ -52,13 +54,13 @@ def _directory(path: Path) -> Preview:
     weights = list(path.glob("*.safetensors"))
     if not weights:
         raise UserError("no *.safetensors in this directory", str(path), "convert the checkpoint, or name a .gguf file")
-    _refuse_quantized(path)
+    _refuse_quantized(str(path), path)
     return Preview(path.name, None, path, weight_bytes=sum(file.stat().st_size for file in weights))
 
 
 def _hub(name: str, revision: str | None) -> Preview:
     directory = download(name, revision, SMALL_FILES)
-    _refuse_quantized(directory)
+    _refuse_quantized(name, directory)
     return Preview(name, directory.name, directory)
 
 
@@ -78,14 +80,22 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from None
 
 
-def _refuse_quantized(directory: Path) -> None:
+def _refuse_quantized(name: str, directory: Path) -> None:
     config = directory / "config.json"
     if not config.is_file():
         raise UserError("there is no config.json", str(directory), "check model.base")
-    quantization = json.loads(config.read_text(encoding="utf-8")).get("quantization_config")
-    if quantization is not None:
+    method = _quantization_method(directory)
+    if method is not None:
         raise UserError(
-            f"this base is quantized already ({quantization.get('quant_method', 'unknown method')})",
-            str(config),
-            "name the 16-bit model it was made from: training quantizes it by itself",
+            f"this base is quantized already ({method}), and training on such a base is not supported yet",
+            name,
+            "name the 16-bit model it was made from: training quantizes it by itself (model.quantization)",
         )
+
+
+def _quantization_method(directory: Path) -> str | None:
+    """What a checkpoint says it was quantized with, in config.json or in the file of older AutoGPTQ and AutoAWQ."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("quantization_config")
+    if config is not None:
+        return str(config.get("quant_method", "unknown method"))
+    return next((method for file, method in OLDER_CONFIGS.items() if (directory / file).is_file()), None)

@@ -133,7 +133,7 @@ class _Recorder:
     tensors: list[torch.Tensor] = field(default_factory=list)
     """Distinct tensors seen so far; batches of one shape share masks and rotary embeddings."""
 
-    def stand_in(self, layer: nn.Module) -> Callable[..., torch.Tensor]:
+    def stand_in(self, layer: nn.Module) -> Callable[..., torch.Tensor | tuple[torch.Tensor]]:
         def forward(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor]:
             if self.calls and hidden_states is not self.hidden:
                 if not self.in_tuple and _is_first_of(self.hidden, hidden_states):

@@ -14,7 +14,7 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -29,7 +29,6 @@ from qlora.models.gptq_format import (
     QUANTIZE_CONFIG_NAME,
     TENSOR_NAMES,
     GPTQTensors,
-    check_group_size,
     dequantize,
     pack,
     packed_specs,
@@ -37,7 +36,6 @@ from qlora.models.gptq_format import (
 )
 from qlora.models.module_rules import dynamic_config, modules_in_block
 from qlora.quantization.calibration import make_batches
-from qlora.quantization.experts import routed_tokens
 from qlora.quantization.hessian import InputStatistics
 from qlora.quantization.modules import (
     Linear,
@@ -50,21 +48,21 @@ from qlora.quantization.modules import (
 from qlora.quantization.settings import GPTQSettings, ModuleReport, QuantizeReport
 from qlora.quantization.skeleton import Skeleton
 from qlora.quantization.solver import Solution, round_to_nearest, solve
+from qlora.quantization.states import CalibrationStates, enter_model
 from qlora.quantization.streams import BackgroundWriter, PrefetchingSource
-from qlora.quantization.walk import (
-    CalibrationStates,
-    FullModel,
-    InputGroup,
-    collect_statistics,
-    enter_model,
-    input_groups,
-)
+from qlora.quantization.walk import FullModel, InputGroup, collect_statistics, input_groups
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Progress = Callable[[int, int, str], None]
+FullStates = tuple[list[int], CalibrationStates]
+"""Numbers of the batches that the full model sees, and its states for them."""
 
 # Finished layers and their reports, one JSON object per line; gone when the checkpoint is complete.
 JOURNAL_NAME = "progress.jsonl"
+
+# What of the calibration rows the full model sees too, for asymmetric calibration: several times as many tokens as any
+# linear has inputs, and a fraction of the time of all.
+FULL_MODEL_TOKENS = 2**16
 
 CPU_BATCH_TOKENS = 2048
 # On a GPU: bytes of the widest activation of one forward, and tokens, large enough to keep it busy.
@@ -86,24 +84,22 @@ def quantize_checkpoint(
     settings: GPTQSettings,
     *,
     device: str,
-    modules: Sequence[str] | None = None,
     progress: Progress | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> QuantizeReport:
     """Quantize the linears of `source` (a Hugging Face checkpoint) into the existing `output_dir`.
 
-    `modules` limits quantization to linears of these names inside each decoder layer. `progress(done, layers, name)` is
-    called after each layer. Equal inputs give equal bytes, also when `output_dir` holds what an interrupted call with
-    equal arguments left: then it goes on at the layer after the last finished one. Raises UserError for what cannot be
-    quantized, WillNotFit when the disk is too small.
+    `progress(done, layers, name)` is called after each layer. Equal inputs give equal bytes, also when `output_dir`
+    holds what an interrupted call with equal arguments left: then it goes on at the layer after the last finished one.
+    Raises UserError for what cannot be quantized, WillNotFit when the disk is too small.
     """
     started = time.perf_counter()
     output_dir = Path(output_dir)
     stored = PrefetchingSource(CheckpointReader(source) if isinstance(source, Path) else source, device)
     try:
         skeleton = Skeleton(stored, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
-        job = _Job(skeleton, stored, settings, quantizable_modules(skeleton.model, modules), Stopwatch(device))
+        job = _Job(skeleton, stored, settings, quantizable_modules(skeleton.model), Stopwatch(device))
         job.check()
         widest = max(max(weight_shape(linear)) for linear in job.linears.values())
         batches = make_batches(
@@ -140,7 +136,7 @@ class _Job:
     skeleton: Skeleton
     stored: PrefetchingSource
     settings: GPTQSettings
-    all_linears: Mapping[str, nn.Module]
+    all_linears: Mapping[str, Linear]
     """Full name → layer, as `quantizable_modules` gives it."""
     stopwatch: Stopwatch
 
@@ -151,28 +147,20 @@ class _Job:
         return {name: settings for name, settings in chosen.items() if settings is not None}
 
     @cached_property
-    def linears(self) -> dict[str, nn.Module]:
+    def linears(self) -> dict[str, Linear]:
         """Full name → layer of what is quantized."""
         return {name: self.all_linears[name] for name in self.module_settings}
 
     def check(self) -> None:
         """Raise UserError for linears that the format or the solver cannot take, before anything is computed."""
-        self.settings.check_modules(self.names(self.all_linears))
-        by_format: dict[tuple[int, int], dict[str, tuple[int, int]]] = {}
-        for name, linear in self.linears.items():
-            settings = self.module_settings[name]
-            by_format.setdefault((settings.group_size, settings.bits), {})[name] = weight_shape(linear)
-        for (group_size, bits), shapes in by_format.items():
-            check_group_size(shapes, group_size, bits)
+        shapes = {self._prefix(name)[:-1]: weight_shape(linear) for name, linear in self.all_linears.items()}
+        self.settings.check_shapes(shapes)
         dtypes = {name: self.stored.spec(self._weight(name)).dtype for name in self.linears}
         problems = [
             Problem(f"stored as {dtype}; expected is one of {SOURCE_DTYPES}", name, "name the merged 16-bit directory")
             for name, dtype in dtypes.items()
             if dtype not in SOURCE_DTYPES
         ]
-        if self.settings.asymmetric and any(routed_tokens(layer) for layer in self.skeleton.layers):
-            what = "experts see other tokens in the full model than in the quantized one"
-            problems.append(Problem(what, "quantize.asymmetric", "set it to 0 for mixtures of experts"))
         if problems:
             raise UserError(problems)
 
@@ -191,31 +179,29 @@ class _Job:
             plan |= packed_specs(self._prefix(name), inputs, outputs, self.module_settings[name].format)
         journal = _Journal(output_dir / JOURNAL_NAME)
         finished = [f"{self._prefix(name)}{kind}" for name in self._inside(journal.layers) for kind in TENSOR_NAMES]
-        full = states.clone() if self.settings.asymmetric else None
+        full = states.some(FULL_MODEL_TOKENS) if self.settings.asymmetric_calibration else None
         reports = list(journal.reports)
         self.stored.prefetch(self._stored_in(0))
-        with (
-            self.stopwatch.waiting("layers and rest of writing"),
-            BackgroundWriter(CheckpointWriter(output_dir, plan, written=finished)) as writer,
-        ):
+        with BackgroundWriter(CheckpointWriter(output_dir, plan, written=finished)) as writer:
             for index in range(len(layers)):
                 if index + 1 < len(layers):
                     self.stored.prefetch(self._stored_in(index + 1))
-                with self.stopwatch.part("load"):
+                with self.stopwatch.waiting("load"):
                     layer = self.skeleton.fill_layer(index, states.device)
                 if index < journal.layers:
                     self._restore_layer(index, layer, states, full, output_dir)
                 else:
                     found = self._quantize_layer(index, layer, states, full, writer)
                     reports += found
-                    writer.then(lambda index=index, found=found: journal.add(index, found))
+                    writer.then(partial(journal.add, index, found))
                 self.stored.release(self._stored_in(index))
                 layer.to("meta")
                 if progress:
                     progress(index + 1, len(layers), f"{self.skeleton.layers_name}.{index}")
-            with self.stopwatch.waiting("embeddings and norms"):
+            with self.stopwatch.waiting("write"):
                 for name in kept:
                     writer.write(name, self.stored.read(name))
+                writer.finish()
         return reports
 
     def _quantize_layer(
@@ -223,7 +209,7 @@ class _Job:
         index: int,
         layer: nn.Module,
         states: CalibrationStates,
-        full_states: CalibrationStates | None,
+        full_states: FullStates | None,
         writer: BackgroundWriter,
     ) -> list[ModuleReport]:
         name = f"{self.skeleton.layers_name}.{index}"
@@ -231,40 +217,69 @@ class _Job:
         full = None
         if full_states is not None:
             full_layer = copy.deepcopy(layer)
-            full = FullModel(full_layer, self._linears_of(full_layer, index), full_states)
+            full = FullModel(full_layer, self._linears_of(full_layer, index), *full_states)
         stages, unreached = input_groups(linears, layer, states, index, sequential=self.settings.true_sequential)
+        waiting = {local for stage in stages for group in stage for local in group.names}
         reports = []
-        for stage in stages:
-            with self.stopwatch.part("forward and statistics"):
-                statistics = collect_statistics(linears, stage, layer, states, index, full)
-            for group, found in zip(stage, statistics, strict=True):
-                for members in self._of_equal_settings(group, name):
-                    reports += self._quantize_group(
-                        {f"{name}.{local}": linears[local] for local in members}, found, writer
-                    )
-        for local in unreached:
-            reports += self._quantize_group({f"{name}.{local}": linears[local]}, None, writer)
-        if index + 1 < len(self.skeleton.layers):
-            with self.stopwatch.part("forward"):
-                self._advance(index, layer, states, full)
+        with states.replaying():
+            for stage in stages:
+                last = stage is stages[-1]
+                with self.stopwatch.part("forward and statistics"):
+                    # The full model goes on to its next layer in the last pass over its inputs in this one.
+                    statistics = collect_statistics(linears, stage, layer, states, index, full, advance_full=last)
+                for group in stage:
+                    reports += self._solve_group(group, name, linears, statistics.pop(0), writer)
+                    waiting -= set(group.names)
+                if not last:
+                    self._replay_finished(layer, states, {local for group in stage for local in group.names}, waiting)
+            for local in unreached:
+                reports += self._quantize_group({f"{name}.{local}": linears[local]}, None, writer)
+            if index + 1 < len(self.skeleton.layers):
+                with self.stopwatch.part("forward"):
+                    states.advance(layer, index)
+        if full is not None:
+            full.layer.to("meta")  # modules may sit in reference cycles, which would keep their weights
         return reports
 
-    def _advance(self, index: int, layer: nn.Module, states: CalibrationStates, full: FullModel | None) -> None:
-        states.advance(layer, index)
-        if full is not None:
-            full.states.advance(full.layer, index)
+    def _replay_finished(self, layer: nn.Module, states: CalibrationStates, done: set[str], waiting: set[str]) -> None:
+        """Have the layer's parts replayed whose last linear was just quantized: two more forwards will ask for them."""
+        for part, module in layer.named_children():
+            inside = f"{part}."
+            if any(local.startswith(inside) for local in done) and not any(
+                local.startswith(inside) for local in waiting
+            ):
+                states.replay(module)
+
+    def _solve_group(
+        self,
+        group: InputGroup,
+        layer_name: str,
+        linears: Mapping[str, Linear],
+        statistics: InputStatistics,
+        writer: BackgroundWriter,
+    ) -> list[ModuleReport]:
+        """Quantize the linears of one input, those of equal settings together."""
+        parts: dict[tuple, dict[str, Linear]] = {}
+        for local in group.names:
+            name = f"{layer_name}.{local}"
+            settings = self.module_settings[name]
+            parts.setdefault((settings.bits, settings.group_size, settings.sym), {})[name] = linears[local]
+        reports = []
+        for number, members in enumerate(parts.values(), start=1):
+            reports += self._quantize_group(members, statistics, writer, keep=number < len(parts))
+        return reports
 
     def _restore_layer(
         self,
         index: int,
         layer: nn.Module,
         states: CalibrationStates,
-        full_states: CalibrationStates | None,
+        full_states: FullStates | None,
         output_dir: Path,
     ) -> None:
         """Let a layer that an interrupted call had finished do its part again."""
         if full_states is not None:
-            full_states.advance(layer, index)
+            full_states[1].advance(layer, index)
         reader = CheckpointReader(output_dir)
         for local, linear in self._linears_of(layer, index).items():
             name = f"{self.skeleton.layers_name}.{index}.{local}"
@@ -273,16 +288,24 @@ class _Job:
         states.advance(layer, index)
 
     def _quantize_group(
-        self, linears: Mapping[str, nn.Module], statistics: InputStatistics | None, writer: BackgroundWriter
+        self,
+        linears: Mapping[str, Linear],
+        statistics: InputStatistics | None,
+        writer: BackgroundWriter,
+        *,
+        keep: bool = False,
     ) -> list[ModuleReport]:
-        """Solve the linears of one input as one stacked weight, write them, and put the result in their place."""
+        """Solve the linears of one input as one stacked weight, write them, and put the result in their place.
+
+        keep: whether the statistics are needed again.
+        """
         settings = self.module_settings[next(iter(linears))]
         outputs = [weight_shape(linear)[0] for linear in linears.values()]
         with self.stopwatch.part("solve"):
             try:
                 # No name is bound to what the solver frees when it no longer needs it.
                 solution = (
-                    solve(self._stacked(linears), statistics.hessian(), settings, statistics.drift())
+                    solve(self._stacked(linears), statistics.hessian(keep=keep), settings, statistics.drift())
                     if statistics is not None
                     else round_to_nearest(self._stacked(linears), settings)
                 )
@@ -312,25 +335,17 @@ class _Job:
             for name, loss, power in zip(linears, losses[::2], losses[1::2], strict=True)
         ]
 
-    def _stacked(self, linears: Mapping[str, nn.Module]) -> torch.Tensor:
+    def _stacked(self, linears: Mapping[str, Linear]) -> torch.Tensor:
         """fp32 [N, K]: the weights of linears with one input, one below the other."""
         return torch.cat([self._weight_in_full(name, linear) for name, linear in linears.items()])
 
-    def _weight_in_full(self, name: str, linear: nn.Module) -> torch.Tensor:
+    def _weight_in_full(self, name: str, linear: Linear) -> torch.Tensor:
         """fp32 [N, K], with the precision of the file where that is more than the layer computes in."""
         if self.stored.spec(self._weight(name)).dtype == linear.weight.dtype:
             return stored_to_NK(linear, linear.weight.detach()).float()
         return stored_to_NK(linear, self.stored.read(self._weight(name)).to(linear.weight.device)).float()
 
-    def _of_equal_settings(self, group: InputGroup, layer_name: str) -> list[list[str]]:
-        """The linears of a group, those with equal settings together."""
-        parts: dict[tuple, list[str]] = {}
-        for local in group.names:
-            settings = self.module_settings[f"{layer_name}.{local}"]
-            parts.setdefault((settings.bits, settings.group_size, settings.sym), []).append(local)
-        return list(parts.values())
-
-    def _linears_of(self, layer: nn.Module, index: int) -> dict[str, nn.Module]:
+    def _linears_of(self, layer: nn.Module, index: int) -> dict[str, Linear]:
         """Local name → linear of one layer, of those that are quantized."""
         name = f"{self.skeleton.layers_name}.{index}"
         return {local: module for local, module in layer_linears(layer).items() if f"{name}.{local}" in self.linears}
@@ -410,7 +425,7 @@ def _write_configs(job: _Job, output_dir: Path) -> None:
         provenance={
             "act_order": settings.act_order,
             "true_sequential": settings.true_sequential,
-            "asymmetric": settings.asymmetric,
+            "asymmetric_calibration": settings.asymmetric_calibration,
             "damp": settings.damp,
         },
     )

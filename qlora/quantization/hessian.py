@@ -23,6 +23,8 @@ class InputStatistics:
     def __init__(self, inputs: int, device: torch.device | str, *, drift: bool = False) -> None:
         self.tokens = 0
         self._weight = torch.zeros((), dtype=torch.float32, device=device)
+        self._symmetric = False
+        self._drift_weight = torch.zeros((), dtype=torch.float32, device=device)
         self._sum_KK = torch.zeros(inputs, inputs, dtype=torch.float32, device=device)
         self._drift_KK = torch.zeros_like(self._sum_KK) if drift else None
         step = max(-(-inputs // BLOCK_ROWS), NARROWEST_BLOCK)
@@ -31,31 +33,44 @@ class InputStatistics:
     def add(
         self, x_TK: torch.Tensor, full_TK: torch.Tensor | None = None, weight_T: torch.Tensor | None = None
     ) -> None:
-        """Add a batch of real tokens (no padding), the full model's inputs for the same tokens, and their weights."""
+        """Add a batch of real tokens (no padding), their weights, and the full model's inputs for them where known."""
         self.tokens += x_TK.shape[0]
-        self._weight += x_TK.shape[0] if weight_T is None else weight_T.sum()
+        weight = x_TK.shape[0] if weight_T is None else weight_T.sum()
+        self._weight += weight
         if weight_T is not None:
             root_T1 = weight_T.sqrt().to(x_TK.dtype)[:, None]
             x_TK = x_TK * root_T1
             full_TK = full_TK * root_T1 if full_TK is not None else None
         for start, stop in self._blocks:
             _add_product(self._sum_KK[start:stop, start:], x_TK[:, start:stop], x_TK[:, start:])
-        if self._drift_KK is not None:
-            assert full_TK is not None, "asymmetric calibration needs the full model's inputs"
+        if self._drift_KK is not None and full_TK is not None:
+            self._drift_weight += weight
             # The difference of two bf16 numbers that are close is exact, or rounded far below what it corrects.
             _add_product(self._drift_KK, full_TK - x_TK, x_TK)
 
-    def hessian(self) -> torch.Tensor:
-        """H [K, K] per unit of weight, symmetric; to be called once. RuntimeError when nothing was added."""
+    def hessian(self, *, keep: bool = False) -> torch.Tensor:
+        """H [K, K] per unit of weight, symmetric. RuntimeError when nothing was added.
+
+        It may be half a gigabyte: unless `keep`, it is the caller's alone afterwards, and this can be called no more.
+        """
         if not self.tokens:
             raise RuntimeError("no calibration token reached this layer")
-        total = self._sum_KK.triu_().div_(self._weight.clamp(min=torch.finfo(torch.float32).tiny))
-        self._sum_KK = total[:0]  # it may be half a gigabyte, which is the caller's now
-        return total.add_(total.triu(1).T)
+        if not self._symmetric:
+            self._sum_KK.triu_().div_(self._weight.clamp(min=torch.finfo(torch.float32).tiny))
+            self._sum_KK.add_(self._sum_KK.triu(1).T)
+            self._symmetric = True
+        hessian = self._sum_KK
+        if not keep:
+            self._sum_KK = torch.empty(0)
+        return hessian
 
     def drift(self) -> torch.Tensor | None:
-        """D [K, K] per unit of weight; None if it was not asked for."""
-        return self._drift_KK.div_(self._weight) if self._drift_KK is not None else None
+        """D [K, K] per unit of weight; None if it was not asked for or no token of the full model was added."""
+        if self._drift_KK is None:
+            return None
+        self._drift_KK.div_(self._drift_weight.clamp(min=torch.finfo(torch.float32).tiny))
+        self._drift_weight.fill_(1.0)
+        return self._drift_KK
 
 
 def _add_product(target: torch.Tensor, left_TA: torch.Tensor, right_TB: torch.Tensor) -> None:

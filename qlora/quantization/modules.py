@@ -10,8 +10,6 @@ Shapes: N outputs of a linear, K inputs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -42,27 +40,23 @@ def decoder_layers(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     return next(name for name, module in model.named_modules() if module is found[0]), found[0]
 
 
-def quantizable_modules(model: PreTrainedModel, modules: Sequence[str] | None = None) -> dict[str, Linear]:
+def quantizable_modules(model: PreTrainedModel) -> dict[str, Linear]:
     """Full name → linear of everything GPTQ quantizes, in model order.
 
-    `modules` keeps only these, named inside a layer (`self_attn.q_proj`). Raises UserError for weights that are not
-    linears, for a layer without linears to quantize, and for names in `modules` that no layer has.
+    Raises UserError for weights that are not linears, and for a layer without linears to quantize.
     """
     name, layers = decoder_layers(model)
     linears: dict[str, Linear] = {}
     problems = []
-    unused = set(modules or ())
     for index, layer in enumerate(layers):
         problems += [
             Problem("a weight of this kind cannot be quantized yet", f"{name}.{index}.{parameter}")
             for parameter in _other_weights(layer)
         ]
-        inside = {local: module for local, module in layer_linears(layer).items() if not modules or local in modules}
+        inside = layer_linears(layer)
         if not inside:
             problems.append(Problem("no linear layer to quantize", f"{name}.{index}"))
         linears |= {f"{name}.{index}.{local}": module for local, module in inside.items()}
-        unused -= set(inside)
-    problems += [Problem("no decoder layer has a linear of this name", local) for local in sorted(unused)]
     if problems:
         raise UserError(problems)
     return linears

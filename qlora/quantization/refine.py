@@ -38,9 +38,9 @@ from qlora.errors import Problem, UserError
 from qlora.models.checkpoint import TensorSource, overwrite_tensors
 from qlora.quantization.calibration import Batch, make_batches
 from qlora.quantization.skeleton import Skeleton
+from qlora.quantization.states import CalibrationStates, enter_model
 from qlora.quantization.streams import PrefetchingSource
 from qlora.quantization.student import Student, forward_replaced
-from qlora.quantization.walk import CalibrationStates, enter_model
 
 Progress = Callable[[int, int, str], None]
 
@@ -55,8 +55,8 @@ REPORT_EVERY = 10
 class RefineSettings:
     """How a checkpoint is refined. Raises UserError for values that make no sense."""
 
-    steps: int = 100
-    tokens_per_step: int = 4096
+    steps: int = 50
+    tokens_per_step: int = 8192
     """Padded tokens of a step; rows of similar length share one."""
     learning_rate: float = 1e-3
     """Of the relative change of scales, at its peak."""

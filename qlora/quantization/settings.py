@@ -29,8 +29,9 @@ class GPTQSettings:
     """Inside a layer, calibrate each group of linears on the already quantized ones before it."""
     damp: float = 0.01
     """Share of the Hessian's mean diagonal added to its diagonal; raised where the Cholesky factorisation fails."""
-    asymmetric: float = 0.0
-    """How far weights also make up for what quantization before them did to their inputs: 0 not at all, 1 fully."""
+    asymmetric_calibration: float = 0.5
+    """How far weights also make up for what quantization before them did to their inputs, so that outputs come close to
+    the full model's: 0 not at all, 1 fully. Experts of mixtures do not: they see other tokens in the full model."""
     prompt_weight: float = 1.0
     """Weight in the Hessians of positions that carried no loss in training; those that did weigh 1."""
     modules: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -55,7 +56,7 @@ class GPTQSettings:
             problems.append(Problem(str(self.group_size), "group_size", f"choose from {SUPPORTED_GROUP_SIZES}"))
         if not 0 < self.damp < 1:
             problems.append(Problem(str(self.damp), "damp", "choose a share between 0 and 1, such as 0.01"))
-        for name in ("asymmetric", "prompt_weight"):
+        for name in ("asymmetric_calibration", "prompt_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 problems.append(Problem(str(getattr(self, name)), name, "choose a number from 0 to 1"))
         if problems:

@@ -71,7 +71,7 @@ def solve(
     """Quantize one weight against one Hessian. Computes in the weight's dtype, fp32 or fp64; the inputs stay unchanged.
 
     Weights that share their input may be stacked along N: rows of W do not interact. `drift_KK` is D of the module's
-    docstring, weighed with `settings.asymmetric`.
+    docstring, weighed with `settings.asymmetric_calibration`.
     Raises HessianError when the Hessian is not finite or cannot be factorised, ArithmeticError for non-finite weights.
     """
     power_N = _output_power(w_NK, hessian_KK)
@@ -97,9 +97,9 @@ def solve(
     factor = factorise(hessian, settings.damp)
     del hessian
 
-    if drift_KK is not None and settings.asymmetric:
+    if drift_KK is not None and settings.asymmetric_calibration:
         drifted_KN = (drift_KK.to(w_KN.dtype).T @ w_KN)[backwards_K]
-        w_KN[backwards_K] += settings.asymmetric * torch.cholesky_solve(drifted_KN, factor.lower_KK)
+        w_KN[backwards_K] += settings.asymmetric_calibration * torch.cholesky_solve(drifted_KN, factor.lower_KK)
     feedback_KK, cost_K = factor.feedback()
     damp = factor.damp
     del factor

@@ -58,11 +58,11 @@ class PrefetchingSource:
 class BackgroundWriter:
     """Copies tensors from the device and writes them in one thread, in order, at most `backlog` behind.
 
-    A context manager like the writer it wraps: leaving it normally waits for everything and closes, and raises what
-    went wrong in the thread.
+    A context manager; `finish` inside the block waits for everything, closes the file, and raises what went wrong in
+    the thread. Leaving the block without it gives up what was not written.
     """
 
-    def __init__(self, writer: CheckpointWriter, backlog: int = 256) -> None:
+    def __init__(self, writer: CheckpointWriter, backlog: int = 64) -> None:
         self._writer = writer
         self._pool = ThreadPoolExecutor(1, "write")
         self._pending: deque[Future[None]] = deque()
@@ -78,20 +78,18 @@ class BackgroundWriter:
         while self._pending and (len(self._pending) > self._backlog or self._pending[0].done()):
             self._pending.popleft().result()
 
+    def finish(self) -> None:
+        """Wait until everything is on the disk."""
+        while self._pending:
+            self._pending.popleft().result()
+        self._writer.close()
+
     def __enter__(self) -> BackgroundWriter:
-        self._writer.__enter__()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                while self._pending:
-                    self._pending.popleft().result()
-            self._pool.shutdown(cancel_futures=kind is not None)
-        except BaseException as failure:
-            self._pool.shutdown(cancel_futures=True)
-            self._writer.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-        self._writer.__exit__(kind, error, trace)
+        self._pool.shutdown(cancel_futures=True)
+        if kind is not None:
+            self._writer.__exit__(kind, error, trace)

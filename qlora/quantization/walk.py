@@ -1,12 +1,13 @@
-"""Inside one decoder layer: which linears share an input and in which order, their statistics, and the layer's output.
+"""Inside one decoder layer: which linears share an input and in which order, and the statistics of these inputs.
 
-Shapes: B rows, T tokens of the longest row, D width of the hidden states, K inputs of a linear.
+Shapes: B rows, T tokens of the longest row, K inputs of a linear.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,105 +15,11 @@ import torch
 from torch import nn
 
 from qlora.errors import Problem, UserError
-from qlora.quantization.calibration import Batch, LayerCall, LayerInputs, record_layer_inputs
+from qlora.quantization.calibration import Batch
 from qlora.quantization.experts import Experts, routed_tokens
 from qlora.quantization.hessian import InputStatistics
-from qlora.quantization.modules import weight_shape
-from qlora.quantization.skeleton import Skeleton
-
-# Hidden states of the first batches stay on the GPU up to this size. The others live in pinned host memory, and each is
-# copied while the one before it computes, so that the number of calibration rows does not decide what fits.
-HIDDEN_STATES_ON_DEVICE_BYTES = 2**30
-
-
-class CalibrationStates:
-    """The hidden states of every batch between two layers, and how to call the layers with them.
-
-    `calls` holds, per batch, one `LayerCall` per layer; `hidden_BTD`, per batch, what goes into the next layer.
-    """
-
-    def __init__(self, batches: Sequence[Batch], inputs: Iterable[LayerInputs], device: str) -> None:
-        self.batches = batches
-        self.device = device
-        self.calls: list[Sequence[LayerCall]] = []
-        self.hidden_BTD: list[torch.Tensor] = []
-        self._on_device_bytes = 0
-        self._copies = torch.cuda.Stream(device) if device != "cpu" else None
-        for item in inputs:
-            self.calls.append(item.calls)
-            self.hidden_BTD.append(self._place(item.hidden_BTD))
-
-    def _place(self, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        if self.device == "cpu" or self._on_device_bytes + hidden_BTD.nbytes <= HIDDEN_STATES_ON_DEVICE_BYTES:
-            self._on_device_bytes += hidden_BTD.nbytes
-            return hidden_BTD
-        return torch.empty(hidden_BTD.shape, dtype=hidden_BTD.dtype, pin_memory=True).copy_(hidden_BTD)
-
-    def clone(self) -> CalibrationStates:
-        """The same states, to be advanced by another model."""
-        copies = (LayerInputs(h.clone(), list(c)) for h, c in zip(self.hidden_BTD, self.calls, strict=True))
-        return CalibrationStates(self.batches, copies, self.device)
-
-    def on_device(self) -> Iterator[torch.Tensor]:
-        """The hidden states of each batch in turn, on the device."""
-        ahead = self._fetch(0)
-        for batch in range(len(self.batches)):
-            hidden, copied = ahead
-            if batch + 1 < len(self.batches):
-                ahead = self._fetch(batch + 1)
-            if copied is not None:
-                torch.cuda.current_stream().wait_event(copied)
-                hidden.record_stream(torch.cuda.current_stream())
-            yield hidden
-
-    def _fetch(self, batch: int) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-        hidden = self.hidden_BTD[batch]
-        if self._copies is None or hidden.is_cuda:
-            return hidden, None
-        with torch.cuda.stream(self._copies):
-            return hidden.to(self.device, non_blocking=True), self._copies.record_event()
-
-    def _store(self, batch: int, output: torch.Tensor) -> None:
-        if self._copies is None or self.hidden_BTD[batch].is_cuda:
-            self.hidden_BTD[batch] = output
-            return
-        self._copies.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copies):
-            self.hidden_BTD[batch].copy_(output, non_blocking=True)
-        output.record_stream(self._copies)
-
-    def run(self, layer: nn.Module, index: int, batch: int, hidden_BTD: torch.Tensor) -> torch.Tensor:
-        """The output of decoder layer number `index` for one batch."""
-        call = self.calls[batch][index]
-        output = layer(hidden_BTD, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
-
-    def advance(self, layer: nn.Module, index: int) -> None:
-        """Replace the hidden states by the layer's output. Raises UserError when it is not finite."""
-        finite = torch.ones((), dtype=torch.bool, device=self.device)
-        for batch, hidden in enumerate(self.on_device()):
-            output = self.run(layer, index, batch, hidden)
-            finite &= torch.isfinite(select_real(output, self.batches[batch]).sum(dtype=torch.float32))
-            self._store(batch, output)
-        if self._copies is not None:
-            self._copies.synchronize()
-        if not bool(finite):
-            raise UserError(
-                f"the output of decoder layer {index} is not finite",
-                fix="check the merged model with `qlora evaluate`; float16 overflows where bfloat16 does not",
-            )
-
-
-def enter_model(skeleton: Skeleton, batches: Sequence[Batch], device: str) -> CalibrationStates:
-    """The states before the first decoder layer."""
-    with skeleton.filled_entrance(device) as decoder:
-        return CalibrationStates(batches, record_layer_inputs(decoder, skeleton.layers, batches, device), device)
-
-
-def select_real(x: torch.Tensor, batch: Batch) -> torch.Tensor:
-    """[tokens, K] of an activation [B, T, K] or [B·T, K]: padding left out."""
-    flat = x.reshape(-1, x.shape[-1])
-    return flat if batch.real is None else flat.index_select(0, batch.real)
+from qlora.quantization.modules import Linear, weight_shape
+from qlora.quantization.states import CalibrationStates, select_real
 
 
 @dataclass(frozen=True)
@@ -127,7 +34,7 @@ class InputGroup:
 
 
 def input_groups(
-    linears: Mapping[str, nn.Module], layer: nn.Module, states: CalibrationStates, index: int, *, sequential: bool
+    linears: Mapping[str, Linear], layer: nn.Module, states: CalibrationStates, index: int, *, sequential: bool
 ) -> tuple[list[list[InputGroup]], list[str]]:
     """The linears in groups with one input each, in stages in the order of a forward; and those that nothing reached.
 
@@ -140,11 +47,14 @@ def input_groups(
     members: set[str] = set()
     routed = routed_tokens(layer)
     order = sorted(range(len(states.batches)), key=lambda batch: states.batches[batch].input_ids_BT.numel())
-    hidden = states.hidden_BTD
     for batch in order:
         seen: list[tuple[str, torch.Tensor]] = []
-        with _inputs_of(linears, lambda name, x, seen=seen: seen.append((name, x))):
-            states.run(layer, index, batch, hidden[batch].to(states.device))
+
+        def note(name: str, x: torch.Tensor, seen: list[tuple[str, torch.Tensor]] = seen) -> None:
+            seen.append((name, x))
+
+        with _inputs_of(linears, note):
+            states.run(layer, index, batch, states.hidden(batch))
         calls = [name for name, _ in seen]
         problems = [
             Problem(f"runs {calls.count(name)} times in a forward of layer {index}; once is expected", name)
@@ -176,37 +86,48 @@ class FullModel:
     """The model before quantization, walking beside the quantized one for asymmetric calibration."""
 
     layer: nn.Module
-    linears: Mapping[str, nn.Module]
+    linears: Mapping[str, Linear]
+    batches: Sequence[int]
+    """Numbers of the batches that it sees."""
     states: CalibrationStates
+    """Of these batches."""
 
 
 def collect_statistics(
-    linears: Mapping[str, nn.Module],
+    linears: Mapping[str, Linear],
     stage: Sequence[InputGroup],
     layer: nn.Module,
     states: CalibrationStates,
     index: int,
     full: FullModel | None = None,
+    *,
+    advance_full: bool = False,
 ) -> list[InputStatistics]:
-    """Statistics of the input of each group over all batches; each forward stops once the last group has its input."""
+    """Statistics of the input of each group over all batches; each forward stops once the last group has its input.
+
+    full: where there is one, also how far its inputs are from these; not for experts, which see other tokens in it.
+    advance_full: let the full model's forwards go on to their end and advance its states, in the same pass.
+    """
     first = {group.first: linears[group.first] for group in stage}
     routed = routed_tokens(layer)
     sums = {
-        name: InputStatistics(weight_shape(module)[1], states.device, drift=full is not None)
+        name: InputStatistics(weight_shape(module)[1], states.device, drift=full is not None and name not in routed)
         for name, module in first.items()
     }
-    wanted = {name: full.linears[name] for name in first} if full is not None else {}
+    wanted = {name: full.linears[name] for name in first if name not in routed} if full is not None else {}
     hidden_of_full = full.states.on_device() if full is not None else iter(())
     for number, hidden in enumerate(states.on_device()):
         batch = states.batches[number]
-        inputs_of_full = {}
-        if full is not None:
-            with _inputs_of(wanted, inputs_of_full.__setitem__, stop_after=len(wanted)):
-                full.states.run(full.layer, index, number, next(hidden_of_full))
+        inputs_of_full: dict[str, torch.Tensor] = {}
+        if full is not None and number in full.batches and (wanted or advance_full):
+            place = full.batches.index(number)
+            with _inputs_of(wanted, inputs_of_full.__setitem__, stop_after=None if advance_full else len(wanted)):
+                output = full.states.run(full.layer, index, place, next(hidden_of_full))
+                full.states.store(place, output)  # not reached by a forward that stops early
 
         def add(name: str, x: torch.Tensor, batch: Batch = batch, of_full: dict = inputs_of_full) -> None:
             x_TK, weight_T = _weighted_tokens(name, x, batch, routed.get(name))
-            full_TK = select_real(of_full.pop(name), batch) if full is not None else None
+            full_TK = select_real(of_full.pop(name), batch) if name in of_full else None
             sums[name].add(x_TK, full_TK, weight_T)
 
         with _inputs_of(first, add, stop_after=len(first)):
@@ -259,8 +180,9 @@ def _inputs_of(
     ]
     try:
         yield
-    except _AllSeen:
-        pass
+    except _AllSeen as seen:
+        # The frames of the forward hold its activations, in reference cycles on some versions of Python.
+        traceback.clear_frames(seen.__traceback__)
     finally:
         for handle in handles:
             handle.remove()

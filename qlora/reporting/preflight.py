@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from qlora.check import BaseFacts, CheckReport
     from qlora.data.lint import Segment, SplitReport
     from qlora.evaluation.contract import EngineVerdict
+    from qlora.quantization.preview import CalibrationPart
 
 EXAMPLE_CHARACTERS = 600  # of the row that is shown, from each end of what is learned and not learned
 
@@ -31,6 +32,8 @@ def show(report: CheckReport, console: Console) -> None:
     if report.example:
         console.print("\nFirst training row, [green]what is learned[/green] between ⟦ ⟧:")
         console.print(_example(report.example))
+    if report.calibration:
+        console.print(_calibration(report.calibration))
     if report.stages:
         console.print(f"\n{report.steps:,} steps of {report.rows_per_step} rows. Estimates, not measurements: ", end="")
         console.print(escape(report.machine.rate_note))
@@ -75,6 +78,12 @@ def _example(segments: Sequence[Segment]) -> Text:
             shown = f"{shown[: EXAMPLE_CHARACTERS // 2]} … {shown[-EXAMPLE_CHARACTERS // 2 :]}"
         text.append(f"⟦{shown}⟧" if segment.supervised else shown, style="green" if segment.supervised else "dim")
     return text
+
+
+def _calibration(parts: Sequence[CalibrationPart]) -> str:
+    total = sum(part.tokens for part in parts)
+    kinds = (f"{part.rows:,} rows of {part.source}, {part.tokens / total:.1%} of the tokens" for part in parts)
+    return escape(f"\nCalibration: {total:,} tokens; {'; '.join(kinds)}")
 
 
 def _stages(report: CheckReport) -> Table:

@@ -136,8 +136,9 @@ class Seed:
     ) -> tuple[dict[str, Any], Callable[[], Any]]:
         """Through the stage of `qlora quantize`, which draws the same rows from the recipe."""
         metrics = stages.quantize(run, "", output, lambda done, total, text: None)
-        refine = (metrics.get("refine") or {}).get("seconds")
-        seconds = {"quantize_seconds": metrics["seconds"], "refine_seconds": refine}
+        refine = metrics.get("refine") or {}
+        seconds = {"quantize_seconds": metrics["seconds"], "refine_seconds": refine.get("seconds")}
+        seconds |= {f"refine_{key}": refine.get(key) for key in ("kept", "kl_before", "kl_after")}
         return seconds, lambda: load_gptq(output, device=self.device)
 
     def with_peer(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from transformers import FalconConfig, GPT2Config, LlamaConfig, MixtralConfig, PretrainedConfig, Qwen3MoeConfig
 
 from qlora.evaluation.contract import engine_support
 from qlora.models.gptq_format import GPTQFormat
-from qlora.models.shapes import LinearShape
+from qlora.models.shapes import LinearShape, model_shapes, skeleton
 from qlora.quantization.settings import GPTQSettings
 
 
@@ -108,3 +109,37 @@ def test_awq_is_read_by_four_engines() -> None:
     assert {verdict.engine for verdict in verdicts if verdict.accepts} == {
         "vLLM", "SGLang (Marlin)", "gptqmodel", "transformers + gptqmodel",
     }  # fmt: skip
+
+
+def moe(**options) -> Qwen3MoeConfig:
+    return Qwen3MoeConfig(
+        hidden_size=128, num_hidden_layers=2, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("config", "refused"),
+    [
+        (LlamaConfig(num_hidden_layers=1), {}),
+        (GPT2Config(n_layer=1), {"transformers + gptqmodel": "cannot load GPT-2"}),
+        (FalconConfig(num_hidden_layers=1), {"transformers + gptqmodel": "reads Falcon without the packed tensors"}),
+        (
+            MixtralConfig(num_hidden_layers=1),
+            {"transformers + gptqmodel": "logits are off by 54 %", "gptqmodel": "mlp.experts.N.gate_proj"},
+        ),
+        (moe(), {"transformers + gptqmodel": "logits are off by 14 %"}),
+        (
+            moe(mlp_only_layers=[0]),
+            {"transformers + gptqmodel": "logits are off by 14 %", "gptqmodel": "mlp_only_layers"},
+        ),
+    ],
+    ids=lambda value: value.model_type if isinstance(value, PretrainedConfig) else "",
+)
+def test_architectures_that_gptqmodel_fails_with_are_named(config: PretrainedConfig, refused: dict[str, str]) -> None:
+    shapes = model_shapes(skeleton(config)).linears
+    verdicts = engine_support(GPTQFormat(4, 64), shapes, model_type=config.model_type)
+    found = {
+        verdict.engine: verdict.reason for verdict in verdicts if "gptqmodel" in verdict.engine and not verdict.accepts
+    }
+    assert found.keys() == refused.keys()
+    assert all(part in found[engine] for engine, part in refused.items())

@@ -9,14 +9,13 @@ from qlora.errors import UserError
 from qlora.models.estimates import (
     DOUBLE_QUANT_BYTES,
     FOUR_BIT_BYTES,
-    assumed_machine,
     base_bytes,
-    gptq_disk_bytes,
-    layer_activation_bytes,
     merged_bytes,
     training_parts,
 )
 from qlora.models.gptq_format import pack_rows
+from qlora.models.quantize_estimates import gptq_disk_bytes
+from qlora.models.resources import STREAMING, TRAINING, assumed_machine, layer_activation_bytes
 from qlora.models.shapes import adapter_shapes, model_shapes, read_config, skeleton, training_flops
 from qlora.recipe import Lora, Recipe
 
@@ -180,7 +179,9 @@ def test_a_missing_config_names_the_file(tmp_path) -> None:
 def test_rates_are_assumed_by_device_name_and_unknown_where_no_peak_is_known() -> None:
     h100 = assumed_machine("cuda:0", "NVIDIA H100 80GB HBM3", 16)
     pcie = assumed_machine("cuda:0", "NVIDIA H100 PCIe", 16)
-    assert h100.flops is not None and pcie.flops is not None and h100.flops > pcie.flops
-    assert assumed_machine("cuda:0", "NVIDIA A100-SXM4-40GB", 8).flops == pytest.approx(0.35 * 312e12)
-    assert assumed_machine("cuda:0", "NVIDIA GeForce GTX 1050", 8).flops is None
-    assert assumed_machine("cpu", "CPU", 2).flops == 120e9
+    assert h100.peak is not None and pcie.peak is not None and h100.peak > pcie.peak
+    a100 = assumed_machine("cuda:0", "NVIDIA A100-SXM4-40GB", 8)
+    assert a100.seconds(312e12, TRAINING) == pytest.approx(1 / 0.35)
+    assert assumed_machine("cuda:0", "NVIDIA GeForce GTX 1050", 8).seconds(1, TRAINING) is None
+    two_cores = assumed_machine("cpu", "CPU", 2)
+    assert two_cores.seconds(120e9, TRAINING) == 1 > two_cores.seconds(120e9, STREAMING)

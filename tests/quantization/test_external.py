@@ -120,7 +120,8 @@ def test_gptq_by_gptqmodel_is_a_checkpoint_like_ours(source, tmp_path, token_row
     ]
     assert len(report["modules"]) == 12 and report["tokens"] == sum(map(len, token_rows))
     assert report["parameters"] == 2 * (3 * 64 * 64 + 3 * 64 * 128)
-    assert len(report["warnings"]) == 1 and "no counterpart for asymmetric, prompt_weight" in report["warnings"][0]
+    assert len(report["warnings"]) == 1
+    assert "no counterpart for asymmetric_calibration, prompt_weight" in report["warnings"][0]
 
     settings = read_quantization_config(output)
     assert (settings.bits, settings.group_size, settings.sym, settings.desc_act) == (4, 32, True, False)
@@ -188,7 +189,7 @@ print("RESULT", json.dumps([torch.equal(unpack(qweight).int(), codes), torch.equ
 
 
 def test_options_without_counterpart_are_refused():
-    assert "asymmetric" in check_options(GPTQSettings(), "gptq")
+    assert "asymmetric_calibration" in check_options(GPTQSettings(), "gptq")
     with pytest.raises(UserError, match="quantize.prompt_weight: gptqmodel has no counterpart for it in gptq"):
         check_options(GPTQSettings(prompt_weight=0.25), "gptq")
     with pytest.raises(UserError, match="quantize.damp: .* in awq"):

@@ -90,11 +90,11 @@ def test_asymmetric_calibration_aims_at_the_outputs_of_the_full_model():
     hessian, drift = x_TK.T @ x_TK / 400, (full_TK - x_TK).T @ x_TK / 400
     errors = []
     for share in (0.0, 0.5, 1.0):
-        solution = solve(w_NK, hessian, GPTQSettings(group_size=32, asymmetric=share, damp=1e-6), drift)
+        solution = solve(w_NK, hessian, GPTQSettings(group_size=32, asymmetric_calibration=share, damp=1e-6), drift)
         errors.append((x_TK @ values(solution).T - full_TK @ w_NK.T).square().mean())
     assert errors[0] > 2 * errors[1] and errors[1] > 2 * errors[2]
     # With 8 bits nothing is left but what no weight can make up for.
-    solution = solve(w_NK, hessian, GPTQSettings(bits=8, group_size=32, asymmetric=1.0, damp=1e-9), drift)
+    solution = solve(w_NK, hessian, GPTQSettings(bits=8, group_size=32, asymmetric_calibration=1.0, damp=1e-9), drift)
     target_TN = full_TK @ w_NK.T
     best = (x_TK @ torch.linalg.lstsq(x_TK, target_TN).solution - target_TN).square().mean()
     assert (x_TK @ values(solution).T - full_TK @ w_NK.T).square().mean() < 1.05 * best

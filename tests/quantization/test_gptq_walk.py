@@ -14,14 +14,8 @@ from qlora.models.checkpoint import CheckpointReader
 from qlora.quantization.calibration import make_batches
 from qlora.quantization.modules import layer_linears
 from qlora.quantization.skeleton import Skeleton
-from qlora.quantization.walk import (
-    CalibrationStates,
-    FullModel,
-    collect_statistics,
-    enter_model,
-    input_groups,
-    select_real,
-)
+from qlora.quantization.states import CalibrationStates, enter_model, select_real
+from qlora.quantization.walk import FullModel, collect_statistics, input_groups
 
 KINDS = ["llama", "qwen2", "qwen3", "gemma3"]
 
@@ -49,7 +43,7 @@ def test_hidden_states_are_those_of_the_model_run_row_by_row(save_model, rows, k
     expected = [model(torch.tensor([row]), output_hidden_states=True).hidden_states for row in ordered]
     layers = len(skeleton.layers)
     for index in range(layers + 1):
-        found = torch.cat([select_real(h, b) for h, b in zip(states.hidden_BTD, states.batches, strict=True)])
+        found = torch.cat([select_real(h, b) for h, b in zip(states.on_device(), states.batches, strict=True)])
         if index == layers:
             found = model.get_decoder().norm(found)
         torch.testing.assert_close(found, torch.cat([row[index][0] for row in expected]), atol=2e-4, rtol=2e-4)
@@ -114,19 +108,20 @@ def test_statistics_are_those_of_real_tokens_at_their_weights(save_model, rows, 
 @torch.no_grad()
 def test_drift_is_the_way_from_the_quantized_inputs_to_those_of_the_full_model(save_model, rows):
     skeleton, states = open_walk(save_model("llama"), rows)
-    full_states = states.clone()
+    chosen, full_states = states.some(10**9)
+    assert chosen == list(range(len(states.batches)))
     layer = skeleton.fill_layer(0, "cpu")
     full_layer = copy.deepcopy(layer)
     layer.self_attn.v_proj.weight.mul_(0.9)
     linears, full_linears = layer_linears(layer), layer_linears(full_layer)
     stages, _ = input_groups(linears, layer, states, 0, sequential=True)
-    full = FullModel(full_layer, full_linears, full_states)
+    full = FullModel(full_layer, full_linears, chosen, full_states)
     (found,) = collect_statistics(linears, stages[1], layer, states, 0, full)
 
     def inputs_of_o_proj(module, linear, states: CalibrationStates) -> torch.Tensor:
         seen = []
         handle = linear.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-        for batch, hidden in enumerate(states.hidden_BTD):
+        for batch, hidden in enumerate(states.on_device()):
             states.run(module, 0, batch, hidden)
         handle.remove()
         return torch.cat([select_real(x, batch) for x, batch in zip(seen, states.batches, strict=True)]).double()
@@ -185,5 +180,7 @@ def test_batches_hold_every_row_once_and_little_padding(rows):
 
 
 def test_a_row_longer_than_a_batch_makes_one_alone():
-    batches = make_batches([CalibrationRow((token,) * length) for token, length in ((1, 30), (2, 5), (3, 5))], 10, 160, "cpu")
+    batches = make_batches(
+        [CalibrationRow((token,) * length) for token, length in ((1, 30), (2, 5), (3, 5))], 10, 160, "cpu"
+    )
     assert [tuple(batch.input_ids_BT.shape) for batch in batches] == [(1, 30), (2, 5)]

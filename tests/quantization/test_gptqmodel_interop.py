@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 
+from qlora.data.calibration import CalibrationRow
 from qlora.models.loading import load_gptq, load_tokenizer
 from qlora.quantization import GPTQSettings, quantize_checkpoint
 
@@ -24,7 +25,7 @@ directory, prompts = sys.argv[1], json.loads(sys.argv[2])
 options = dict(dtype=torch.float32, device_map="cpu", quantization_config=GPTQConfig(bits=4, backend="gptq_torch"))
 model = AutoModelForCausalLM.from_pretrained(directory, **options)
 kinds = {type(module).__name__ for module in model.modules() if hasattr(module, "qweight")}
-options = dict(max_new_tokens=64, min_new_tokens=64, do_sample=False)
+options = dict(max_new_tokens=32, min_new_tokens=32, do_sample=False)
 out = [model.generate(torch.tensor([ids]), **options)[0].tolist() for ids in prompts]
 print("RESULT", json.dumps([sorted(kinds), out]))
 """
@@ -33,17 +34,17 @@ print("RESULT", json.dumps([sorted(kinds), out]))
 @pytest.fixture(scope="module")
 def checkpoint(smollm2, tmp_path_factory):
     """SmolLM2, 4 bits in groups of 64, calibrated on a few sentences."""
+    pytest.importorskip("gptqmodel", reason='needs pip install "qlora[gptq]"')
     output = tmp_path_factory.mktemp("gptq") / "smollm2"
     output.mkdir()
     tokenizer = load_tokenizer(smollm2)
     texts = ["The river bends twice before it meets the sea.", "Twelve apples and three pears make fifteen fruits."]
-    rows = [tokenizer(text)["input_ids"] for text in texts]
+    rows = [CalibrationRow(tuple(tokenizer(text)["input_ids"])) for text in texts]
     quantize_checkpoint(smollm2, output, rows, GPTQSettings(group_size=64), device="cpu")
     return output
 
 
 def test_gptqmodel_generates_token_for_token_what_our_loader_does(checkpoint):
-    pytest.importorskip("gptqmodel", reason='needs pip install "qlora[gptq]"')
     tokenizer = load_tokenizer(checkpoint)
     prompts = [
         tokenizer.apply_chat_template(
@@ -66,5 +67,5 @@ def test_gptqmodel_generates_token_for_token_what_our_loader_does(checkpoint):
 
     ours = load_gptq(checkpoint, torch.float16).float()
     for prompt, expected in zip(prompts, theirs, strict=True):
-        options = {"max_new_tokens": 64, "min_new_tokens": 64, "do_sample": False}
+        options = {"max_new_tokens": 32, "min_new_tokens": 32, "do_sample": False}
         assert ours.generate(torch.tensor([prompt]), **options)[0].tolist() == expected

@@ -1,0 +1,86 @@
+"""What quantization will calibrate on, looked at before it runs: how a mix turns out, and whether it suffices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from transformers import PreTrainedTokenizerBase
+
+from qlora.data.calibration import CalibrationRow, calibration_rows
+from qlora.data.rendering import RenderedRow
+from qlora.errors import Problem
+from qlora.models.quantize_estimates import quantized_linears
+from qlora.models.shapes import ModelShapes
+from qlora.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class CalibrationPart:
+    """Rows of one kind. `source` is as `quantize.calibration` names it."""
+
+    source: str
+    rows: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class CalibrationPreview:
+    """The rows that quantization will be given."""
+
+    rows: list[CalibrationRow]
+    refinement: list[CalibrationRow] | None
+    """Rows to refine on; None where the recipe does not refine."""
+    parts: list[CalibrationPart]
+    """What `rows` consist of."""
+
+
+def preview_calibration(
+    recipe: Recipe, train: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase, held_out: Sequence[RenderedRow]
+) -> CalibrationPreview:
+    """Draw the rows as `qlora quantize` will. Raises UserError as `calibration_rows` does."""
+    section, refine = recipe.quantize.calibration, recipe.quantize.refine
+    draw = partial(calibration_rows, train=train, tokenizer=tokenizer, seed=recipe.seed, exclude=held_out)
+    rows = draw(section)
+    if section.mix is None:
+        parts = [_part(section.from_, rows)]
+    else:
+        # What is mixed in is drawn last: without it, an equal seed draws the same other rows.
+        others = draw(section.model_copy(update={"mix": None}))
+        parts = [_part(section.from_, others), _part(section.mix.from_, rows, others)]
+    refinement = rows if refine else None
+    if refine and refine.samples is not None:
+        refinement = draw(section.model_copy(update={"samples": refine.samples}))
+    return CalibrationPreview(rows, refinement, parts)
+
+
+def starved_linears(recipe: Recipe, shapes: ModelShapes, rows: Sequence[CalibrationRow]) -> list[Problem]:
+    """A warning if linears will see fewer tokens than they have inputs: their Hessians miss some directions.
+
+    Raises UserError for rules of `quantize.modules` and `quantize.skip` that do not fit the model.
+    """
+    prompts_count = recipe.quantize.prompt_weight > 0
+    tokens = sum(len(row.input_ids) if prompts_count or row.loss is None else sum(row.loss) for row in rows)
+    linears = [linear for linear, _ in quantized_linears(recipe, shapes)]
+    starved = [linear for linear in linears if tokens * linear.tokens_share < linear.in_features]
+    if not starved:
+        return []
+    worst = min(starved, key=lambda linear: linear.tokens_share / linear.in_features)
+    what = (
+        f"{len(starved)} of {len(linears)} modules will see fewer calibration tokens than they have inputs "
+        f"({worst.name}: about {tokens * worst.tokens_share:,.0f} for {worst.in_features:,})"
+    )
+    fix = "raise samples or max_length, or mix in general text; several times as many tokens are needed"
+    return [Problem(what, "quantize.calibration", fix)]
+
+
+def _part(
+    source: str | list[str], rows: Sequence[CalibrationRow], without: Sequence[CalibrationRow] = ()
+) -> CalibrationPart:
+    name = source if isinstance(source, str) else f"{len(source)} strings"
+    return CalibrationPart(name, len(rows) - len(without), _tokens(rows) - _tokens(without))
+
+
+def _tokens(rows: Sequence[CalibrationRow]) -> int:
+    return sum(len(row.input_ids) for row in rows)

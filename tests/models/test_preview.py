@@ -1,0 +1,34 @@
+"""What a base is told apart by before any of its weights are read: bases that are quantized already are refused."""
+
+import json
+
+import pytest
+
+from qlora.errors import UserError
+from qlora.models.preview import preview_base
+
+
+@pytest.fixture
+def base(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (tmp_path / "model.safetensors").write_bytes(b"not read")
+    return tmp_path
+
+
+def test_a_16_bit_directory_is_found(base):
+    found = preview_base(str(base))
+    assert (found.directory, found.gguf_file, found.weight_bytes) == (base, None, len(b"not read"))
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_a_quantized_base_is_refused_by_the_name_of_its_method(base, method):
+    (base / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method, "bits": 4}}))
+    with pytest.raises(UserError, match=rf"{base}: this base is quantized already \({method}\)"):
+        preview_base(str(base))
+
+
+@pytest.mark.parametrize(("file", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
+def test_a_base_of_an_older_tool_that_says_so_in_a_file_of_its_own_is_refused(base, file, method):
+    (base / file).write_text(json.dumps({"bits": 4, "group_size": 128}))
+    with pytest.raises(UserError, match=rf"quantized already \({method}\)"):
+        preview_base(str(base))
