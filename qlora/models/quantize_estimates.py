@@ -12,8 +12,8 @@ outputs of linears that share an input, and F FLOPs per token of a layer's linea
 Asymmetric calibration adds 1.6·F·T for the full model, and for all inputs but those of experts 2·K²·T for a second sum,
 with T the part of the calibration tokens that the full model sees; and 4·N·K² for what it changes.
 
-Measured with a 7B shape on an H100 (4 bits g128, 128 rows of 2,048 tokens), when attention was not yet kept: 2.4·F·T and
-the statistics in 0.75 s per layer, solving and packing in 0.24 s, which the rates below reproduce.
+Measured with a 7B shape on an H100 (4 bits g128, 128 rows of 2,048 tokens), when attention was not yet kept: 2.4·F·T
+and the statistics in 0.75 s per layer, solving and packing in 0.24 s, which the rates below reproduce.
 """
 
 from __future__ import annotations

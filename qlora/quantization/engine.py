@@ -13,14 +13,13 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from qlora.artifacts import write_text
 from qlora.data.calibration import CalibrationRow
 from qlora.errors import Problem, UserError
 from qlora.measure import Stopwatch
@@ -37,6 +36,7 @@ from qlora.models.gptq_format import (
 from qlora.models.module_rules import dynamic_config, modules_in_block
 from qlora.quantization.calibration import make_batches
 from qlora.quantization.hessian import InputStatistics
+from qlora.quantization.journal import JOURNAL_NAME, Journal
 from qlora.quantization.modules import (
     Linear,
     layer_linears,
@@ -45,7 +45,7 @@ from qlora.quantization.modules import (
     stored_to_NK,
     weight_shape,
 )
-from qlora.quantization.settings import GPTQSettings, ModuleReport, QuantizeReport
+from qlora.quantization.settings import GPTQSettings, ModuleReport, QuantizeReport, shortfalls
 from qlora.quantization.skeleton import Skeleton
 from qlora.quantization.solver import Solution, round_to_nearest, solve
 from qlora.quantization.states import CalibrationStates, enter_model
@@ -56,9 +56,6 @@ SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Progress = Callable[[int, int, str], None]
 FullStates = tuple[list[int], CalibrationStates]
 """Numbers of the batches that the full model sees, and its states for them."""
-
-# Finished layers and their reports, one JSON object per line; gone when the checkpoint is complete.
-JOURNAL_NAME = "progress.jsonl"
 
 # What of the calibration rows the full model sees too, for asymmetric calibration: several times as many tokens as any
 # linear has inputs, and a fraction of the time of all.
@@ -125,7 +122,7 @@ def quantize_checkpoint(
         parameters=sum(linear.weight.numel() for linear in job.linears.values()),
         seconds=time.perf_counter() - started,
         timings=job.stopwatch.seconds(),
-        warnings=_warnings(reports, tokens),
+        warnings=shortfalls(reports),
     )
 
 
@@ -177,7 +174,7 @@ class _Job:
         for name, linear in self.linears.items():
             outputs, inputs = weight_shape(linear)
             plan |= packed_specs(self._prefix(name), inputs, outputs, self.module_settings[name].format)
-        journal = _Journal(output_dir / JOURNAL_NAME)
+        journal = Journal(output_dir / JOURNAL_NAME)
         finished = [f"{self._prefix(name)}{kind}" for name in self._inside(journal.layers) for kind in TENSOR_NAMES]
         full = states.some(FULL_MODEL_TOKENS) if self.settings.asymmetric_calibration else None
         reports = list(journal.reports)
@@ -368,27 +365,6 @@ class _Job:
         return self._prefix(name) + "weight"
 
 
-class _Journal:
-    """The layers whose tensors are all written, and what was reported of them."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.layers = 0
-        self.reports: list[ModuleReport] = []
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-        complete = [line for line in lines if line.endswith("\n")]
-        if complete != lines:  # what was being written is taken back, so that lines added later are whole
-            write_text(path, "".join(complete))
-        for line in complete:
-            entry = json.loads(line)
-            self.layers = entry["layer"] + 1
-            self.reports += [ModuleReport(**report) for report in entry["modules"]]
-
-    def add(self, layer: int, reports: Sequence[ModuleReport]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"layer": layer, "modules": [asdict(report) for report in reports]}) + "\n")
-
-
 def _packed(solution: Solution, outputs: Sequence[int], bits: int) -> Iterator[GPTQTensors]:
     """The tensors of each of the linears that were solved together."""
     codes, zeros, scales = (
@@ -432,22 +408,3 @@ def _write_configs(job: _Job, output_dir: Path) -> None:
     copy_side_files(skeleton.reader.directory, output_dir)
     edit_config(output_dir, {"quantization_config": config})
     (output_dir / QUANTIZE_CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-
-
-def _warnings(reports: Sequence[ModuleReport], tokens: int) -> tuple[str, ...]:
-    """Every way in which a module got less than GPTQ."""
-    found = []
-    unreached = [report.name for report in reports if not report.tokens]
-    if unreached:
-        found.append(f"{len(unreached)} modules were rounded: no calibration token reached {unreached[0]} …")
-    raised = [report.name for report in reports if report.damp_raised]
-    if raised:
-        found.append(f"{len(raised)} modules needed more damping than asked for, {raised[0]} …")
-    starved = [report for report in reports if 0 < report.tokens < report.inputs]
-    if starved:
-        first = starved[0]
-        found.append(
-            f"{len(starved)} modules saw fewer calibration tokens than they have inputs ({first.name}: {first.tokens} "
-            f"for {first.inputs}); several times as many are needed"
-        )
-    return tuple(found)

@@ -134,3 +134,22 @@ class QuantizeReport:
     def to_dict(self) -> dict[str, Any]:
         """The report as plain lists, numbers and strings, for JSON."""
         return asdict(self)
+
+
+def shortfalls(reports: Sequence[ModuleReport]) -> tuple[str, ...]:
+    """Every way in which a module got less than GPTQ."""
+    found = []
+    unreached = [report.name for report in reports if not report.tokens]
+    if unreached:
+        found.append(f"{len(unreached)} modules were rounded: no calibration token reached {unreached[0]} …")
+    raised = [report.name for report in reports if report.damp_raised]
+    if raised:
+        found.append(f"{len(raised)} modules needed more damping than asked for, {raised[0]} …")
+    starved = [report for report in reports if 0 < report.tokens < report.inputs]
+    if starved:
+        first = starved[0]
+        found.append(
+            f"{len(starved)} modules saw fewer calibration tokens than they have inputs ({first.name}: {first.tokens} "
+            f"for {first.inputs}); several times as many are needed"
+        )
+    return tuple(found)

@@ -13,8 +13,8 @@ from qlora.models.checkpoint import CheckpointReader
 from qlora.models.gptq_format import TENSOR_NAMES, GPTQTensors, check_tensors, dequantize, read_quantization_config
 from qlora.models.loading import load_gptq
 from qlora.quantization import GPTQSettings, quantize_checkpoint
-from qlora.quantization.engine import JOURNAL_NAME
 from qlora.quantization.grid import choose_grid
+from qlora.quantization.journal import JOURNAL_NAME
 
 SETTINGS = GPTQSettings(bits=4, group_size=32, asymmetric_calibration=0)
 GROUPS = [
