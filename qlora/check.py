@@ -26,8 +26,14 @@ from qlora.models.loading import load_tokenizer, pick_device
 from qlora.models.preview import Preview, preview_base
 from qlora.models.resources import Machine, Rows, StageEstimate, Workload, assumed_machine
 from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, model_shapes, read_config, skeleton
-from qlora.quantization.external import check_options, check_outputs
-from qlora.quantization.preview import CalibrationPart, CalibrationPreview, preview_calibration, starved_linears
+from qlora.quantization.external import check_options
+from qlora.quantization.preview import (
+    CalibrationPart,
+    CalibrationPreview,
+    check_quantization,
+    preview_calibration,
+    starved_linears,
+)
 from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
 from qlora.training.sft import Steps, plan_steps, sft_config
@@ -195,10 +201,7 @@ def _look_at_quantization(
         attention_heads=shapes.attention_heads,
         model_type=model_type,
     )
-    linears = {shape.name: (shape.out_features, shape.in_features) for shape in shapes.linears}
-    attempt(settings.check_shapes, linears)
-    if section.method == "awq":
-        attempt(check_outputs, linears)
+    attempt(check_quantization, recipe, shapes)
     if section.engine == "gptqmodel":
         unused = attempt(check_options, settings, section.method)
         if unused:

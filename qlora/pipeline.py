@@ -100,6 +100,8 @@ class Pipeline:
     def run(self) -> None:
         """Every stage in order, skipping those that are up to date. Raises `GateFailed` after the last one."""
         with self._session():
+            if not self._is_current(STAGES["quantize"]):
+                stages.check_quantization(self.state)
             for stage in STAGES.values():
                 if stage.name == "evaluate" and self.recipe.data.eval is None:
                     self.out.print("  evaluate   skipped: the recipe has no data.eval, so nothing was measured")

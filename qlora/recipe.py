@@ -224,7 +224,7 @@ class Calibration(Section):
 class Refine(Section):
     """Tuning of what the checkpoint holds beside its codes, after GPTQ, towards the merged model's predictions."""
 
-    steps: PositiveInt = 50
+    steps: PositiveInt = 40
     """Optimizer steps."""
     tokens_per_step: PositiveInt = 8192
     """Tokens of a step, padding included."""

@@ -86,6 +86,16 @@ class Run:
         }
 
 
+def check_quantization(run: Run) -> None:
+    """Raise UserError for what will not quantize, before anything is trained for it."""
+    from qlora.models.shapes import model_shapes, read_config, skeleton
+    from qlora.quantization import preview
+
+    trust = run.recipe.model.trust_remote_code
+    config = read_config(run.base.directory, trust_remote_code=trust)
+    preview.check_quantization(run.recipe, model_shapes(skeleton(config, trust_remote_code=trust)))
+
+
 def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
     from qlora.training.callbacks import Reporter
     from qlora.training.sft import train_adapter

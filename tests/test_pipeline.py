@@ -413,3 +413,10 @@ def test_unknown_architecture_is_an_unexpected_failure_with_a_log(tiny_recipe, t
     result = command("train", tiny_recipe(model={"base": str(broken)}))
     assert result.returncode == 1
     assert "Traceback" in result.stderr and "the log is" in result.stderr
+
+
+def test_what_will_not_quantize_is_refused_before_anything_is_trained(tiny_recipe, tmp_path):
+    with pytest.raises(UserError, match="not divisible by the group size 128") as refused:
+        run(tiny_recipe(), "quantize.group_size=128")
+    assert "quantize.group_size" in str(refused.value)
+    assert not (tmp_path / "runs" / "tiny" / "adapter").exists()

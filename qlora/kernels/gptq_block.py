@@ -127,6 +127,39 @@ def _with_triton(columns: Columns, start: int, stop: int, codes_KN: torch.Tensor
 
 if triton is not None:
 
+    @triton.jit
+    def _read_column(
+        i,
+        start,
+        columns,
+        inputs,
+        outputs,
+        target_ptr,
+        center_ptr,
+        feedback_ptr,
+        cost_ptr,
+        scales_ptr,
+        zeros_ptr,
+        group_ptr,
+        order_ptr,
+        output,
+        inside,
+        column,
+    ):
+        """All that column `i` of the block needs from memory; beyond the last column, values that harm nothing."""
+        present = i < columns
+        mask = inside & present
+        visited = (start + i).to(tl.int64)
+        group = tl.load(group_ptr + visited, mask=present, other=0) * outputs
+        original = tl.load(order_ptr + visited, mask=present, other=0) * outputs
+        cost = tl.load(cost_ptr + visited, mask=present, other=0.0)
+        scale = tl.load(scales_ptr + group + output, mask=mask, other=1.0).to(tl.float32)
+        zero = tl.load(zeros_ptr + group + output, mask=mask, other=0).to(tl.float32)
+        target = tl.load(target_ptr + visited * outputs + output, mask=mask, other=0.0)
+        center = tl.load(center_ptr + visited * outputs + output, mask=mask, other=0.0)
+        feedback = tl.load(feedback_ptr + visited * inputs + start + column, mask=(column < i) & present, other=0.0)
+        return original, cost, scale, zero, target, center, feedback
+
     @triton.jit(do_not_specialize=["start", "columns", "inputs", "outputs", "top"])
     def _block_kernel(
         target_ptr,
@@ -148,24 +181,24 @@ if triton is not None:
         BLOCK: tl.constexpr,
         TILE: tl.constexpr,
     ):
-        """One program takes TILE outputs through all columns of the block, the errors so far held in registers."""
+        """One program takes TILE outputs through all columns of the block, the errors so far held in registers.
+
+        A column is read while the one before it is computed: waiting for memory would be most of the time.
+        """
         output = tl.program_id(0) * TILE + tl.arange(0, TILE)
         inside = output < outputs
         column = tl.arange(0, BLOCK)
         delta_BN = tl.zeros((BLOCK, TILE), tl.float32)
         loss = tl.zeros((TILE,), tl.float32)
+        original, cost, scale, zero, target, center, feedback = _read_column(
+            0, start, columns, inputs, outputs, target_ptr, center_ptr, feedback_ptr,
+            cost_ptr, scales_ptr, zeros_ptr, group_ptr, order_ptr, output, inside, column,
+        )  # fmt: skip
         for i in range(BLOCK):
-            present = i < columns
-            mask = inside & present
-            visited = (start + i).to(tl.int64)
-            group = tl.load(group_ptr + visited, mask=present, other=0) * outputs
-            original = tl.load(order_ptr + visited, mask=present, other=0) * outputs
-            cost = tl.load(cost_ptr + visited, mask=present, other=0.0)
-            scale = tl.load(scales_ptr + group + output, mask=mask, other=1.0).to(tl.float32)
-            zero = tl.load(zeros_ptr + group + output, mask=mask, other=0).to(tl.float32)
-            target = tl.load(target_ptr + visited * outputs + output, mask=mask, other=0.0)
-            center = tl.load(center_ptr + visited * outputs + output, mask=mask, other=0.0)
-            feedback = tl.load(feedback_ptr + visited * inputs + start + column, mask=(column < i) & present, other=0.0)
+            next_original, next_cost, next_scale, next_zero, next_target, next_center, next_feedback = _read_column(
+                i + 1, start, columns, inputs, outputs, target_ptr, center_ptr, feedback_ptr,
+                cost_ptr, scales_ptr, zeros_ptr, group_ptr, order_ptr, output, inside, column,
+            )  # fmt: skip
             center += tl.sum(delta_BN * feedback[:, None], axis=0)
             code = round_half_even(tl.div_rn(center, scale))
             code = tl.minimum(tl.maximum(code, -zero), top - zero)
@@ -174,7 +207,9 @@ if triton is not None:
             loss += cost * residual * residual
             delta = target - quantized
             delta_BN = tl.where(column[:, None] == i, delta[None, :], delta_BN)
-            tl.store(codes_ptr + original + output, (code + zero).to(tl.uint8), mask=mask)
+            tl.store(codes_ptr + original + output, (code + zero).to(tl.uint8), mask=inside & (i < columns))
+            original, cost, scale, zero = next_original, next_cost, next_scale, next_zero
+            target, center, feedback = next_target, next_center, next_feedback
         rows = column[:, None].to(tl.int64) * outputs + output[None, :]
         tl.store(delta_ptr + rows, delta_BN, mask=(column[:, None] < columns) & inside[None, :])
         tl.store(loss_ptr + output, tl.load(loss_ptr + output, mask=inside, other=0.0) + loss, mask=inside)

@@ -77,6 +77,9 @@ def pack_rows(codes_RC: torch.Tensor, bits: int) -> torch.Tensor:
     if rows % run:
         raise ValueError(f"{rows} codes of {bits} bits do not fill whole 32-bit words; pack a multiple of {run}")
     codes = codes_RC.reshape(rows // run, run, columns)
+    if words == 1:  # no code straddles words: a few large operations instead of many small ones
+        shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=codes.device)
+        return (codes.to(torch.int32) << shifts[:, None]).sum(1, dtype=torch.int32)
     packed = torch.zeros(rows // run, words, columns, dtype=torch.int32, device=codes.device)
     for i in range(run):
         word, shift = divmod(i * bits, WORD_BITS)
@@ -93,6 +96,10 @@ def unpack_rows(packed_WC: torch.Tensor, bits: int) -> torch.Tensor:
     rows, columns = packed_WC.shape
     if rows % words:
         raise ValueError(f"{rows} words do not hold whole runs of {bits}-bit codes; expected a multiple of {words}")
+    if words == 1:
+        shifts = torch.arange(0, WORD_BITS, bits, dtype=torch.int32, device=packed_WC.device)
+        codes = (packed_WC.unsqueeze(1) >> shifts[:, None]).bitwise_and_((1 << bits) - 1)
+        return codes.to(torch.uint8).reshape(rows * run, columns)
     packed = packed_WC.reshape(rows // words, words, columns)
     codes = torch.empty(rows // words, run, columns, dtype=torch.uint8, device=packed.device)
     mask = (1 << bits) - 1

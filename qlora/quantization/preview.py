@@ -13,6 +13,8 @@ from qlora.data.rendering import RenderedRow
 from qlora.errors import Problem
 from qlora.models.quantize_estimates import quantized_linears
 from qlora.models.shapes import ModelShapes
+from qlora.quantization.external import check_options, check_outputs
+from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
 
 
@@ -34,6 +36,19 @@ class CalibrationPreview:
     """Rows to refine on; None where the recipe does not refine."""
     parts: list[CalibrationPart]
     """What `rows` consist of."""
+
+
+def check_quantization(recipe: Recipe, shapes: ModelShapes) -> None:
+    """Raise UserError for what the recipe's quantize section cannot do to a model of these shapes."""
+    section = recipe.quantize
+    settings = GPTQSettings.from_recipe(section)
+    linears = {linear.name: (linear.out_features, linear.in_features) for linear in shapes.linears}
+    settings.check_modules(list(linears))
+    settings.check_shapes(linears)
+    if section.method == "awq":
+        check_outputs(linears)
+    if section.engine == "gptqmodel":
+        check_options(settings, section.method)
 
 
 def preview_calibration(

@@ -55,7 +55,7 @@ REPORT_EVERY = 10
 class RefineSettings:
     """How a checkpoint is refined. Raises UserError for values that make no sense."""
 
-    steps: int = 50
+    steps: int = 40
     tokens_per_step: int = 8192
     """Padded tokens of a step; rows of similar length share one."""
     learning_rate: float = 1e-3

@@ -8,6 +8,7 @@ Shapes: B rows, T tokens of the longest row, D width of the hidden states, K inp
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from qlora.quantization.skeleton import Skeleton
 # What stays on the GPU of the hidden states of one model, and of the outputs of one replayed module.
 HIDDEN_STATES_ON_DEVICE_BYTES = 3 * 2**29
 REPLAYED_ON_DEVICE_BYTES = 2**29
+BATCHES_AHEAD = 2
 
 
 class BatchTensors:
@@ -98,7 +100,11 @@ class CalibrationStates:
         return self._hidden.get(batch)
 
     def on_device(self) -> Iterator[torch.Tensor]:
-        """The hidden states of each batch in turn, on the device."""
+        """The hidden states of each batch in turn, on the device.
+
+        The CPU may be a few batches ahead of the GPU and no more: memory in flight cannot be used again.
+        """
+        computed: deque[torch.cuda.Event] = deque()
         for batch in range(len(self.batches)):
             hidden = self._hidden.get(batch)
             if batch + 1 < len(self.batches):
@@ -106,6 +112,10 @@ class CalibrationStates:
                 for replay in self._replays:
                     replay.prefetch(batch + 1)
             yield hidden
+            if self.device != "cpu":
+                computed.append(torch.cuda.current_stream().record_event())
+                if len(computed) > BATCHES_AHEAD:
+                    computed.popleft().synchronize()
 
     def store(self, batch: int, output: torch.Tensor) -> None:
         """Put a layer's output in the place of its input, for one batch."""
