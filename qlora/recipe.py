@@ -237,7 +237,8 @@ class Refine(Section):
     samples: PositiveInt | None = None
     """Rows to learn from, drawn as calibration rows are; null: the calibration rows themselves."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the rows that is not learned from and decides whether the result is kept."""
+    """Rows that decide whether the result is kept, as a share of those learned from: other training rows where there
+    are enough, else so many of these, which are then not learned from."""
 
 
 class ModuleSettings(Section):

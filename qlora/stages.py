@@ -5,7 +5,7 @@ Every stage function writes into the folder it is given and returns metrics for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -61,6 +61,11 @@ class Run:
     def eval_rows(self) -> Any:
         """`PreparedData` of the held-out split; None if the recipe has none."""
         return self._prepare([self.recipe.data.eval], "eval") if self.recipe.data.eval is not None else None
+
+    @property
+    def held_out_rows(self) -> Sequence[Any]:
+        """The rows of the held-out split; empty if the recipe has none."""
+        return self.eval_rows.rows if self.eval_rows is not None else ()
 
     def _prepare(self, sources: list[Any], split: str) -> Any:
         from qlora.data.rendering import prepare
@@ -156,7 +161,15 @@ def merged_source(run: Run) -> TensorSource:
     )
 
 
+REFINEMENT_DOES_NOT_FIT = (
+    "refinement was left out, it does not fit in the GPU's memory: lower quantize.refine.tokens_per_step, or set "
+    "quantize.refine: null"
+)
+
+
 def quantize(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
+    import torch
+
     from qlora.quantization import GPTQSettings
 
     assert output is not None
@@ -173,20 +186,27 @@ def quantize(run: Run, fingerprint: str, output: Path | None, progress: Progress
     _release_memory()
     metrics = asdict(report) | {"calibration_rows": report.rows, "calibration_tokens": report.tokens}
     if section.refine is not None:
-        metrics["refine"] = _refine(run, source, output, rows, options)
+        try:
+            metrics["refine"] = _refine(run, source, output, rows, options)
+        except torch.OutOfMemoryError:
+            # The checkpoint is complete, and refinement writes only at its end: hours of work need not be lost.
+            metrics["warnings"] = [*metrics["warnings"], REFINEMENT_DOES_NOT_FIT]
+            _release_memory()
     return metrics
 
 
 def _calibration_rows(run: Run, calibration: Calibration) -> list[CalibrationRow]:
     from qlora.data.calibration import calibration_rows
 
-    held_out = run.eval_rows.rows if run.eval_rows is not None else ()
-    return calibration_rows(calibration, run.train_rows.rows, run.tokenizer, seed=run.recipe.seed, exclude=held_out)
+    return calibration_rows(
+        calibration, run.train_rows.rows, run.tokenizer, seed=run.recipe.seed, exclude=run.held_out_rows
+    )
 
 
 def _refine(
     run: Run, source: TensorSource, output: Path, rows: list[CalibrationRow], options: dict[str, Any]
 ) -> dict[str, Any]:
+    from qlora.data.calibration import unseen_rows
     from qlora.quantization.refine import RefineSettings, refine_checkpoint
 
     quantize = run.recipe.quantize
@@ -194,10 +214,19 @@ def _refine(
     assert section is not None
     if section.samples is not None:
         rows = _calibration_rows(run, quantize.calibration.model_copy(update={"samples": section.samples}))
+    held_back = unseen_rows(
+        quantize.calibration,
+        run.train_rows.rows,
+        run.tokenizer,
+        count=max(1, round(section.held_out * len(rows))),
+        seed=run.recipe.seed + 1,
+        exclude=run.held_out_rows,
+        used=rows,
+    )
     settings = RefineSettings(
         **section.model_dump(exclude={"samples"}), prompt_weight=quantize.prompt_weight, seed=run.recipe.seed
     )
-    report = refine_checkpoint(source, output, rows, settings, **options)
+    report = refine_checkpoint(source, output, rows, settings, held_back=held_back, **options)
     _release_memory()
     return asdict(report)
 

@@ -420,3 +420,19 @@ def test_what_will_not_quantize_is_refused_before_anything_is_trained(tiny_recip
         run(tiny_recipe(), "quantize.group_size=128")
     assert "quantize.group_size" in str(refused.value)
     assert not (tmp_path / "runs" / "tiny" / "adapter").exists()
+
+
+def test_refinement_that_does_not_fit_leaves_the_checkpoint_of_gptq_and_is_named(tiny_recipe, monkeypatch, capsys):
+    import qlora.quantization.refine
+
+    path = tiny_recipe()
+    expected = load_file(run(path, "name=without") / "gptq" / "model.safetensors")
+
+    def too_large(*_, **__) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(qlora.quantization.refine, "refine_checkpoint", too_large)
+    run_dir = run(path, "quantize.refine.steps=2")
+    found = load_file(run_dir / "gptq" / "model.safetensors")
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    assert "quantized: refinement was left out" in " ".join(capsys.readouterr().out.split())

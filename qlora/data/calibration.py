@@ -42,6 +42,7 @@ def calibration_rows(
     *,
     seed: int,
     exclude: Sequence[RenderedRow] = (),
+    used: Sequence[CalibrationRow] = (),
 ) -> list[CalibrationRow]:
     """The rows that a recipe's `quantize.calibration` asks for; the same for the same seed.
 
@@ -51,7 +52,7 @@ def calibration_rows(
 
     Raises `UserError` when nothing is left to draw from, when a text is too short, or cannot be read.
     """
-    draw = _Draw(train, exclude, tokenizer, section.max_length, random.Random(seed))
+    draw = _Draw(train, exclude, used, tokenizer, section.max_length, random.Random(seed))
     rows = draw.rows(section.from_, section.samples)
     if section.mix is not None:
         tokens = sum(len(row.input_ids) for row in rows)
@@ -60,12 +61,34 @@ def calibration_rows(
     return rows
 
 
+def unseen_rows(
+    section: Calibration,
+    train: Sequence[RenderedRow],
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    count: int,
+    seed: int,
+    exclude: Sequence[RenderedRow],
+    used: Sequence[CalibrationRow],
+) -> list[CalibrationRow]:
+    """`count` rows as `calibration_rows` draws them, of which no training row is among `used`.
+
+    None where calibration draws from other rows than training's, or too few of these are left.
+    """
+    left = _Draw(train, exclude, used, tokenizer, section.max_length, random.Random(seed)).train_rows()
+    if section.from_ != "train" or len(left) < count:
+        return []
+    section = section.model_copy(update={"samples": count})
+    return calibration_rows(section, train, tokenizer, seed=seed, exclude=exclude, used=used)
+
+
 @dataclass(frozen=True)
 class _Draw:
     """Draws rows of each kind, with one generator for all of them."""
 
     train: Sequence[RenderedRow]
     exclude: Sequence[RenderedRow]
+    used: Sequence[CalibrationRow]
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     rng: random.Random
@@ -90,10 +113,17 @@ class _Draw:
             wanted -= len(row.input_ids)
         return found
 
-    def _train_rows(self, count: int) -> list[CalibrationRow]:
+    def train_rows(self) -> list[RenderedRow]:
+        """The training rows that may be drawn, each once."""
         held_out = {tuple(row.input_ids) for row in self.exclude}
+        used = {row.input_ids for row in self.used}
         distinct = {tuple(row.input_ids): row for row in reversed(self.train)}
-        candidates = [row for ids, row in reversed(distinct.items()) if ids not in held_out]
+        return [
+            row for ids, row in reversed(distinct.items()) if ids not in held_out and ids[: self.max_length] not in used
+        ]
+
+    def _train_rows(self, count: int) -> list[CalibrationRow]:
+        candidates = self.train_rows()
         if not candidates:
             raise UserError(
                 "no training row is left to calibrate on: all of them are evaluation rows too",

@@ -120,12 +120,15 @@ def refine_checkpoint(
     settings: RefineSettings,
     *,
     device: str,
+    held_back: Sequence[CalibrationRow] = (),
     progress: Progress | None = None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> RefineReport:
     """Tune scales and norms of the GPTQ checkpoint in `gptq_dir`, in place, towards the model it was made of, `source`.
 
+    held_back: rows that decide whether the result is kept. Best are rows that GPTQ has not seen either: on those that
+    it was calibrated on, it looks better than it is. Without any, `settings.held_out` of `rows` are held back.
     `progress(done, steps, text)` is called every few steps. The device holds the packed student, the activations of one
     step (recomputed where they would not fit) and 16 bytes per scale. Raises UserError when the checkpoint is not one
     of `source`, or when there are too few rows to hold some back.
@@ -133,11 +136,11 @@ def refine_checkpoint(
     started = time.perf_counter()
     build = partial(Skeleton, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
     skeleton = build(source)
-    training, held_back = _split(rows, settings)
+    training, exam_rows = (list(rows), list(held_back)) if held_back else _split(rows, settings)
     vocabulary = skeleton.model.config.get_text_config().vocab_size
     batches = [
         make_batches(part, settings.tokens_per_step, vocabulary, device, settings.prompt_weight)
-        for part in (training, held_back)
+        for part in (training, exam_rows)
     ]
     lessons = teach(build, source, batches[0] + batches[1], device)
     lessons, exam = lessons[: len(batches[0])], lessons[len(batches[0]) :]
@@ -160,7 +163,7 @@ def refine_checkpoint(
         steps=settings.steps,
         tokens=tokens,
         rows=len(training),
-        held_out_rows=len(held_back),
+        held_out_rows=len(exam_rows),
         scales=sum(linear.log_scale.numel() for linear in student.linears.values()),
         norm_weights=student.norms.epsilon.numel() if settings.norms else 0,
         teacher_seconds=taught - started,

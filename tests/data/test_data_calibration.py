@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from qlora.data.calibration import calibration_row, calibration_rows
+from qlora.data.calibration import calibration_row, calibration_rows, unseen_rows
 from qlora.data.corpora import corpus_digest, corpus_texts
 from qlora.data.formats import Completion
 from qlora.data.rendering import RenderedRow, render
@@ -123,3 +123,16 @@ def test_a_file_is_known_by_its_content_and_a_corpus_by_its_name(tmp_path):
     assert corpus_digest("c4") == "c4" and corpus_digest(["a", "b"]) == ["a", "b"] and corpus_digest("train") == "train"
     with pytest.raises(UserError, match="no such file"):
         corpus_texts(str(tmp_path / "generel.txt"))
+
+
+def test_unseen_rows_are_none_of_those_drawn_before(train, chatml_tokenizer, general_file):
+    def unseen(count: int, of: Calibration, used: list) -> list:
+        return unseen_rows(of, train, chatml_tokenizer, count=count, seed=1, exclude=train[:3], used=used)
+
+    first = calibration_rows(section(samples=25), train, chatml_tokenizer, seed=0, exclude=train[:3])
+    everything = calibration_rows(section(samples=400), train, chatml_tokenizer, seed=0, exclude=train[:3])
+    left = len(everything) - 25
+    others = unseen(left, section(samples=25), first)
+    assert sorted(ids([*first, *others])) == sorted(ids(everything))
+    assert unseen(left + 1, section(samples=25), first) == []
+    assert unseen(1, section(**{"from": general_file}), first) == []
