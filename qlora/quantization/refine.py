@@ -13,8 +13,7 @@ last hidden states of every row in host memory; its logits are made again from t
 the head that it shares with the student. A share of the rows is never trained on; if the divergence on them does not
 fall, the checkpoint stays as it was.
 
-Equal inputs give equal bytes on one device, as far as attention does: on a GPU its backward sums in no fixed order
-unless `torch.use_deterministic_algorithms` is on.
+Equal inputs give equal bytes on one device.
 
 Shapes: T tokens that count, B rows, D width of the hidden states, V vocabulary.
 """
@@ -24,8 +23,9 @@ from __future__ import annotations
 import math
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -148,7 +148,8 @@ def refine_checkpoint(
 
     student = Student(skeleton, gptq_dir, device)
     before = examine(student, exam)
-    tokens = train(student, lessons, settings, progress)
+    with _sums_in_fixed_order():
+        tokens = train(student, lessons, settings, progress)
     for linear in student.linears.values():
         linear.round_scales()
     after = examine(student, exam)
@@ -169,6 +170,29 @@ def refine_checkpoint(
         teacher_seconds=taught - started,
         seconds=time.perf_counter() - started,
     )
+
+
+@contextmanager
+def _sums_in_fixed_order() -> Iterator[None]:
+    """Have PyTorch take deterministic kernels where it has a choice: on a GPU, for attention's backward.
+
+    Only warnings otherwise, which say that cuBLAS needs a setting for several streams; here there is one.
+    """
+    enabled, only_warned = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    setting: Any = torch.utils.deterministic
+    filled = setting.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*deterministic.*")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        setting.fill_uninitialized_memory = False
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=only_warned)
+            setting.fill_uninitialized_memory = filled
 
 
 @dataclass(frozen=True)

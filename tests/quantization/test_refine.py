@@ -23,6 +23,7 @@ from qlora.quantization.refine import RefineSettings, compare, refine_checkpoint
 from qlora.quantization.skeleton import Skeleton
 from qlora.quantization.student import QuantizedLinear, Student
 
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 SETTINGS = RefineSettings(steps=30, tokens_per_step=256, held_out=0.25)
 SIZES = {
     "vocab_size": 160,
@@ -116,7 +117,7 @@ def test_the_triton_kernels_equal_their_twins(bits, shape):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         expected = dequantize(weight, log_scale, dtype)
         found = dequantize(on_gpu, log_scale.cuda(), dtype).cpu()
-        torch.testing.assert_close(found, expected, rtol=torch.finfo(dtype).eps, atol=1e-7)
+        torch.testing.assert_close(found, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
         grad = torch.randn(inputs, outputs).to(dtype)
         expected = log_scale_gradient(weight, log_scale, grad)
         found = log_scale_gradient(on_gpu, log_scale.cuda(), grad.cuda())
@@ -279,12 +280,13 @@ def test_what_does_not_help_held_back_rows_is_not_kept(quantized, similar_rows):
     assert hashlib.sha256((directory / "model.safetensors").read_bytes()).digest() == digest
 
 
-def test_equal_inputs_give_equal_bytes(quantized, similar_rows, tmp_path):
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=ON_GPU)])
+def test_equal_inputs_give_equal_bytes(quantized, similar_rows, tmp_path, device):
     source, directory = quantized("llama", dtype=torch.bfloat16)
     other = tmp_path / "other"
     shutil.copytree(directory, other)
     for target in (directory, other):
-        refine_checkpoint(source, target, similar_rows, SETTINGS, device="cpu")
+        assert refine_checkpoint(source, target, similar_rows, SETTINGS, device=device).kept
     assert (directory / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
 
 
