@@ -86,7 +86,7 @@ def load_texts(path: str) -> list[str]:
         raise UserError(problem.what, str(file), problem.fix) from None
     paragraphs = [paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
     if not paragraphs:
-        raise UserError("the file is empty", where=str(file))
+        raise UserError("the file is empty", where=str(file), fix="write it again, or name another file")
     return paragraphs
 
 

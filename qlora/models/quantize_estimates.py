@@ -12,8 +12,7 @@ outputs of linears that share an input, and F FLOPs per token of a layer's linea
 Asymmetric calibration adds 1.6·F·T for the full model, and for all inputs but those of experts 2·K²·T for a second sum,
 with T the part of the calibration tokens that the full model sees; and 4·N·K² for what it changes.
 
-Measured with a 7B shape on an H100 (4 bits g128, 128 rows of 2,048 tokens), when attention was not yet kept: 2.4·F·T
-and the statistics in 0.75 s per layer, solving and packing in 0.24 s, which the rates below reproduce.
+The rates below are assumptions, not measurements of this version; `scripts/bench/gptq.py` prints the parts of a run.
 """
 
 from __future__ import annotations
@@ -52,14 +51,13 @@ STATISTICS_FLOPS = 1.25
 SOLVER_COPIES = 4
 ACTIVATION_COPIES = 4
 
-# Solving on an H100; other GPUs in proportion to their peak. Cholesky in fp32 took 1.9 ms at K = 4,096, 18 ms at 11,008
-# and 204 ms at 28,672: K²·9.1e-11 + K³·5.5e-15 s.
+# Solving on an H100; other GPUs in proportion to their peak. A Cholesky factor takes K²·9.1e-11 + K³·5.5e-15 s.
 H100_PEAK = 989e12
 CHOLESKY_SECONDS = (9.1e-11, 5.5e-15)
 UPDATE_FLOPS = 30e12  # errors of a block, fed forward in fp32
 COLUMN_SECONDS = 1e-6  # a step of the column kernel, whatever the GPU
 PACKING_RATE = 1.7e9  # weights/s; with choosing grids and reordering
-CPU_SOLVING_RATE = 4e6  # weights/s and core: SmolLM2-135M, 3.5 M weights in 0.45 s on two cores
+CPU_SOLVING_RATE = 4e6  # weights/s and core
 
 SCALE_BYTES = 16  # in refinement: its change, the gradient and Adam's two moments, in fp32
 REFINE_FLOPS = 8  # per parameter and token: forward, both gradients, and dequantizing or computing again

@@ -36,9 +36,9 @@ class Rate:
 # TRL with NF4 and PEFT reaches 0.35 at 8B and 8,192 tokens a step, small models far less; a 135M model about 150
 # tokens/s on two AVX-512 cores.
 TRAINING = Rate(0.35, 60e9)
-# Forwards of one layer in 16 bits in large batches, and sums of x·xᵀ: 0.75 s for 317 TFLOP (7B shape on an H100).
+# Forwards of one layer in 16 bits in large batches, and sums of x·xᵀ.
 STREAMING = Rate(0.43, 144e9)
-# Refinement: 7.5 ms per token and core for 135M parameters on a CPU with bf16 products.
+# Refinement, on a CPU with bf16 products.
 REFINING = Rate(0.5, 144e9)
 
 

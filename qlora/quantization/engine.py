@@ -3,8 +3,8 @@
 For each layer: find which linears share an input; gather the statistics of each input over all calibration rows; solve
 the linears of one input as one stacked weight; write the packed tensors; let the layer go on with the weights that the
 packed tensors stand for, so that what follows is calibrated on what will be served. The next layer is read and the last
-one written meanwhile. Device memory holds one layer, its statistics and one batch of activations, however many
-calibration rows there are.
+one written meanwhile. Device memory holds one layer (two with asymmetric calibration), statistics of its inputs, a few
+batches of activations and a bounded part of the hidden states, however many calibration rows there are.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ class _Job:
     def run(self, states: CalibrationStates, output_dir: Path, progress: Progress | None) -> list[ModuleReport]:
         """Quantize layer after layer, and write every tensor of the output checkpoint."""
         layers = self.skeleton.layers
-        replaced = {self._weight(name) for name in self.linears} | {_second_copy_of_embeddings(self.skeleton)}
+        replaced = {self._weight(name) for name in self.linears} | {self.skeleton.second_copy_of_embeddings()}
         kept = [name for name in self.stored.names() if name not in replaced]
         plan = {name: self.stored.spec(name) for name in kept}
         for name, linear in self.linears.items():
@@ -372,17 +372,6 @@ def _packed(solution: Solution, outputs: Sequence[int], bits: int) -> Iterator[G
     )
     for part in zip(codes, zeros, scales, strict=True):
         yield pack(*part, solution.g_idx, bits)
-
-
-def _second_copy_of_embeddings(skeleton: Skeleton) -> str | None:
-    """The stored output head of a model whose head is tied to its embeddings: engines stumble over it."""
-    model = skeleton.model
-    modules = {id(module): name for name, module in model.named_modules()}
-    head = f"{modules.get(id(model.get_output_embeddings()))}.weight"
-    if not model.config.get_text_config().tie_word_embeddings or head not in skeleton.reader.names():
-        return None
-    embeddings = skeleton.checkpoint_name(f"{modules[id(model.get_input_embeddings())]}.weight")
-    return head if torch.equal(skeleton.reader.read(head), skeleton.reader.read(embeddings)) else None
 
 
 def _write_configs(job: _Job, output_dir: Path) -> None:

@@ -10,10 +10,10 @@ the checkpoint do, and serving costs what it did.
 
 The teacher is the model that was quantized. It is streamed through the device once, a layer at a time, and leaves its
 last hidden states of every row in host memory; its logits are made again from them, a chunk of tokens at a time, with
-the head that it shares with the student. A share of the rows is never trained on; if the divergence on them does not
-fall, the checkpoint stays as it was.
+the head that it shares with the student. Some rows are never trained on; if the divergence on them does not fall, the
+checkpoint stays as it was.
 
-Equal inputs give equal bytes on one device.
+Equal inputs give equal bytes on a CPU; on a GPU deterministic kernels are asked for, where PyTorch has them.
 
 Shapes: T tokens that count, B rows, D width of the hidden states, V vocabulary.
 """
@@ -26,7 +26,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ class RefineSettings:
     prompt_weight: float = 1.0
     """Weight of positions that carried no loss in training; all others weigh 1."""
     held_out: float = 0.1
-    """Share of the rows that is not trained on and decides whether the result is kept."""
+    """Where no other rows decide whether the result is kept: the share of the rows that does, and is not trained on."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -107,10 +107,6 @@ class RefineReport:
     teacher_seconds: float
     seconds: float
     """All of it, `teacher_seconds` included."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain numbers, for JSON."""
-        return asdict(self)
 
 
 def refine_checkpoint(

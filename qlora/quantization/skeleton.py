@@ -56,6 +56,15 @@ class Skeleton:
         stored = self._renamed_modules.get(name) or self._stored.get(name, name)
         return checkpoint_prefix + stored.removeprefix(module_prefix)
 
+    def second_copy_of_embeddings(self) -> str | None:
+        """The stored output head of a model whose head is tied to its embeddings: engines stumble over it."""
+        modules = {id(module): name for name, module in self.model.named_modules()}
+        head = f"{modules.get(id(self.model.get_output_embeddings()))}.weight"
+        if not self.model.config.get_text_config().tie_word_embeddings or head not in self.reader.names():
+            return None
+        embeddings = self.checkpoint_name(f"{modules[id(self.model.get_input_embeddings())]}.weight")
+        return head if torch.equal(self.reader.read(head), self.reader.read(embeddings)) else None
+
     def fill_layer(self, index: int, device: str) -> nn.Module:
         """Read decoder layer number `index` onto `device`, in the compute dtype."""
         self._fill(self.layers[index], f"{self.layers_name}.{index}", device)

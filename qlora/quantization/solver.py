@@ -181,8 +181,3 @@ def _output_power(w_NK: torch.Tensor, hessian_KK: torch.Tensor) -> torch.Tensor:
     if w_NK.is_cuda:
         return torch.einsum("nk,nk->n", w_NK.bfloat16() @ hessian_KK.bfloat16(), w_NK.bfloat16()).to(w_NK.dtype)
     return torch.einsum("nk,nk->n", w_NK @ hessian_KK, w_NK)
-
-
-def output_error(delta_NK: torch.Tensor, hessian_KK: torch.Tensor) -> torch.Tensor:
-    """Squared output error per token of each output [N] when its weights are off by `delta_NK`: diag(Δ·H·Δᵀ)."""
-    return torch.einsum("nk,nk->n", delta_NK @ hessian_KK, delta_NK)

@@ -7,7 +7,7 @@ from qlora.kernels.gptq_block import BLOCK, Columns, quantize_block
 from qlora.kernels.grid_search import search_scales
 from qlora.quantization.grid import choose_grid
 from qlora.quantization.settings import GPTQSettings
-from qlora.quantization.solver import factorise, output_error, solve
+from qlora.quantization.solver import factorise, solve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -20,6 +20,11 @@ def problem(inputs: int, outputs: int, *, tokens: int, seed: int = 0):
     x_TK *= torch.rand(inputs, generator=generator, dtype=torch.float64).pow(4) + 1e-3
     w_NK = 0.05 * torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
     return w_NK.cuda(), (x_TK.T @ x_TK / tokens).cuda()
+
+
+def output_error(delta_NK: torch.Tensor, hessian_KK: torch.Tensor) -> torch.Tensor:
+    """Squared output error per token of each output [N] when its weights are off by `delta_NK`: diag(Δ·H·Δᵀ)."""
+    return torch.einsum("nk,nk->n", delta_NK @ hessian_KK, delta_NK)
 
 
 @pytest.mark.parametrize("sym", [True, False])

@@ -6,7 +6,7 @@ import torch
 from qlora.models.gptq_format import SUPPORTED_BITS, dequantize, pack
 from qlora.quantization.hessian import InputStatistics
 from qlora.quantization.settings import GPTQSettings
-from qlora.quantization.solver import HessianError, factorise, output_error, quantize_columns, solve
+from qlora.quantization.solver import HessianError, factorise, quantize_columns, solve
 
 INPUTS, OUTPUTS = 96, 32
 
@@ -19,6 +19,11 @@ def random_problem(seed: int = 0, dtype=torch.float64):
     x_TK *= torch.rand(INPUTS, generator=generator, dtype=torch.float64) + 0.2
     w_NK = 0.05 * torch.randn(OUTPUTS, INPUTS, generator=generator, dtype=torch.float64)
     return w_NK.to(dtype), (x_TK.T @ x_TK / 400).to(dtype)
+
+
+def output_error(delta_NK: torch.Tensor, hessian_KK: torch.Tensor) -> torch.Tensor:
+    """Squared output error per token of each output [N] when its weights are off by `delta_NK`: diag(Δ·H·Δᵀ)."""
+    return torch.einsum("nk,nk->n", delta_NK @ hessian_KK, delta_NK)
 
 
 def values(solution) -> torch.Tensor:
