@@ -13,6 +13,7 @@ import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -50,12 +51,10 @@ from qlora.quantization.skeleton import Skeleton
 from qlora.quantization.solver import Solution, round_to_nearest, solve
 from qlora.quantization.states import CalibrationStates, enter_model
 from qlora.quantization.streams import BackgroundWriter, PrefetchingSource
-from qlora.quantization.walk import FullModel, InputGroup, collect_statistics, input_groups
+from qlora.quantization.walk import InputGroup, Walk, collect_statistics, layer_order
 
 SOURCE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 Progress = Callable[[int, int, str], None]
-FullStates = tuple[list[int], CalibrationStates]
-"""Numbers of the batches that the full model sees, and its states for them."""
 
 # What of the calibration rows the full model sees too, for asymmetric calibration: several times as many tokens as any
 # linear has inputs, and a fraction of the time of all.
@@ -206,46 +205,37 @@ class _Job:
         index: int,
         layer: nn.Module,
         states: CalibrationStates,
-        full_states: FullStates | None,
+        full_states: CalibrationStates | None,
         writer: BackgroundWriter,
     ) -> list[ModuleReport]:
         name = f"{self.skeleton.layers_name}.{index}"
-        linears = self._linears_of(layer, index)
-        full = None
+        walk = Walk(layer, index, self._linears_of(layer, index), states)
+        walks = [walk]
         if full_states is not None:
             full_layer = copy.deepcopy(layer)
-            full = FullModel(full_layer, self._linears_of(full_layer, index), *full_states)
-        stages, unreached = input_groups(linears, layer, states, index, sequential=self.settings.true_sequential)
-        waiting = {local for stage in stages for group in stage for local in group.names}
+            walks.append(Walk(full_layer, index, self._linears_of(full_layer, index), full_states))
+        order = layer_order(walk, sequential=self.settings.true_sequential)
         reports = []
-        with states.replaying():
-            for stage in stages:
-                last = stage is stages[-1]
+        with ExitStack() as stack:
+            for each in walks:
+                stack.enter_context(each.states.replaying())
+                each.prepare_replays(order.endings)
+            for stage in order.stages:
                 with self.stopwatch.part("forward and statistics"):
                     # The full model goes on to its next layer in the last pass over its inputs in this one.
-                    statistics = collect_statistics(linears, stage, layer, states, index, full, advance_full=last)
+                    statistics = collect_statistics(stage, *walks, advance_full=stage is order.stages[-1])
                 for group in stage:
-                    reports += self._solve_group(group, name, linears, statistics.pop(0), writer)
-                    waiting -= set(group.names)
-                if not last:
-                    self._replay_finished(layer, states, {local for group in stage for local in group.names}, waiting)
-            for local in unreached:
-                reports += self._quantize_group({f"{name}.{local}": linears[local]}, None, writer)
+                    reports += self._solve_group(group, name, walk.linears, statistics.pop(0), writer)
+                for each in walks:
+                    each.start_replays(stage)
+            for local in order.unreached:
+                reports += self._quantize_group({f"{name}.{local}": walk.linears[local]}, None, writer)
             if index + 1 < len(self.skeleton.layers):
                 with self.stopwatch.part("forward"):
-                    states.advance(layer, index)
-        if full is not None:
-            full.layer.to("meta")  # modules may sit in reference cycles, which would keep their weights
+                    walk.advance()
+        for each in walks[1:]:
+            each.layer.to("meta")  # modules may sit in reference cycles, which would keep their weights
         return reports
-
-    def _replay_finished(self, layer: nn.Module, states: CalibrationStates, done: set[str], waiting: set[str]) -> None:
-        """Have the layer's parts replayed whose last linear was just quantized: two more forwards will ask for them."""
-        for part, module in layer.named_children():
-            inside = f"{part}."
-            if any(local.startswith(inside) for local in done) and not any(
-                local.startswith(inside) for local in waiting
-            ):
-                states.replay(module)
 
     def _solve_group(
         self,
@@ -271,12 +261,12 @@ class _Job:
         index: int,
         layer: nn.Module,
         states: CalibrationStates,
-        full_states: FullStates | None,
+        full_states: CalibrationStates | None,
         output_dir: Path,
     ) -> None:
         """Let a layer that an interrupted call had finished do its part again."""
         if full_states is not None:
-            full_states[1].advance(layer, index)
+            full_states.advance(layer, index)
         reader = CheckpointReader(output_dir)
         for local, linear in self._linears_of(layer, index).items():
             name = f"{self.skeleton.layers_name}.{index}.{local}"
@@ -302,7 +292,7 @@ class _Job:
             try:
                 # No name is bound to what the solver frees when it no longer needs it.
                 solution = (
-                    solve(self._stacked(linears), statistics.hessian(keep=keep), settings, statistics.drift())
+                    solve(self._stacked(linears), statistics.hessian(keep=keep), settings, statistics.drift(keep=keep))
                     if statistics is not None
                     else round_to_nearest(self._stacked(linears), settings)
                 )

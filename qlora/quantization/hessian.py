@@ -64,13 +64,19 @@ class InputStatistics:
             self._sum_KK = torch.empty(0)
         return hessian
 
-    def drift(self) -> torch.Tensor | None:
-        """D [K, K] per unit of weight; None if it was not asked for or no token of the full model was added."""
+    def drift(self, *, keep: bool = False) -> torch.Tensor | None:
+        """D [K, K] per unit of weight; None if it was not asked for, zero if no token of the full model was added.
+
+        As large as H: unless `keep`, it is the caller's alone afterwards, and None from then on.
+        """
         if self._drift_KK is None:
             return None
         self._drift_KK.div_(self._drift_weight.clamp(min=torch.finfo(torch.float32).tiny))
         self._drift_weight.fill_(1.0)
-        return self._drift_KK
+        drift = self._drift_KK
+        if not keep:
+            self._drift_KK = None
+        return drift
 
 
 def _add_product(target: torch.Tensor, left_TA: torch.Tensor, right_TB: torch.Tensor) -> None:

@@ -18,6 +18,7 @@ from qlora.models.checkpoint import TensorSource
 from qlora.models.stored_names import stored_names
 from qlora.quantization.experts import expert_pieces, take_experts_apart
 from qlora.quantization.modules import decoder_layers
+from qlora.quantization.norms import fuse_rms_norms
 
 
 class Skeleton:
@@ -93,6 +94,7 @@ class Skeleton:
                 if not buffer.is_meta:
                     setattr(owner, key, buffer.to(device))
         module.requires_grad_(False)
+        fuse_rms_norms(module)
 
     @cached_property
     def _renamed_modules(self) -> dict[str, str]:

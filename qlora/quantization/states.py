@@ -20,7 +20,7 @@ from qlora.errors import UserError
 from qlora.quantization.calibration import Batch, LayerCall, LayerInputs, record_layer_inputs
 from qlora.quantization.skeleton import Skeleton
 
-# What stays on the GPU of the hidden states of one model, and of the outputs of one replayed module.
+# What stays on the GPU of the hidden states of one model, and of what is kept for one replayed part of a layer.
 HIDDEN_STATES_ON_DEVICE_BYTES = 3 * 2**29
 REPLAYED_ON_DEVICE_BYTES = 2**29
 BATCHES_AHEAD = 2
@@ -37,9 +37,12 @@ class BatchTensors:
         self._copies = torch.cuda.Stream(device) if device != "cpu" else None
 
     def put(self, batch: int, tensor: torch.Tensor) -> None:
-        """Keep a tensor of the device, which must not change any more; it replaces what was there, of its shape."""
+        """Keep a tensor of the device, which must not change any more; it replaces what was there."""
         self._coming.pop(batch, None)  # what was fetched and never asked for is old now
         place = self._places.get(batch)
+        if place is not None and place.shape != tensor.shape:
+            self._left += place.nbytes if place.is_cuda else 0
+            place = None
         if place is None and self._copies is not None:
             if tensor.nbytes > self._left:
                 place = self._places[batch] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -74,10 +77,18 @@ class BatchTensors:
 class CalibrationStates:
     """What goes into the next layer, for every batch, and how to call the layers with it."""
 
-    def __init__(self, batches: Sequence[Batch], inputs: Iterable[LayerInputs], device: str) -> None:
+    def __init__(
+        self,
+        batches: Sequence[Batch],
+        inputs: Iterable[LayerInputs],
+        device: str,
+        numbers: Sequence[int] | None = None,
+    ) -> None:
         """inputs: per batch, the hidden states on the device and one call per layer."""
         self.batches = batches
         self.device = device
+        self.numbers = list(range(len(batches)) if numbers is None else numbers)
+        """Which of all batches these are, where they are some."""
         self.running = 0
         """The batch whose forward runs."""
         self._calls: list[Sequence[LayerCall]] = []
@@ -88,12 +99,12 @@ class CalibrationStates:
             self._calls.append(item.calls)
             self._hidden.put(batch, item.hidden_BTD)
 
-    def some(self, tokens: int) -> tuple[list[int], CalibrationStates]:
-        """Every n-th batch, so that they hold about `tokens` tokens: their numbers, and a copy of their states."""
+    def some(self, tokens: int) -> CalibrationStates:
+        """A copy of every n-th batch's, so that they hold about `tokens` tokens."""
         every = max(1, sum(batch.tokens for batch in self.batches) // tokens)
         chosen = list(range(0, len(self.batches), every))
         inputs = (LayerInputs(self._hidden.get(batch).clone(), list(self._calls[batch])) for batch in chosen)
-        return chosen, CalibrationStates([self.batches[batch] for batch in chosen], inputs, self.device)
+        return CalibrationStates([self.batches[batch] for batch in chosen], inputs, self.device, chosen)
 
     def hidden(self, batch: int) -> torch.Tensor:
         """[B, T, D] of one batch, on the device."""
@@ -143,7 +154,7 @@ class CalibrationStates:
 
     @contextmanager
     def replaying(self) -> Iterator[None]:
-        """While inside, `replay` may be called for modules of one layer; their own forwards come back at the end."""
+        """While inside, parts of one layer may be replayed; their own forwards come back at the end."""
         try:
             yield
         finally:
@@ -151,53 +162,58 @@ class CalibrationStates:
                 replay.end()
             self._replays.clear()
 
-    def replay(self, module: nn.Module) -> None:
-        """From now on compute what this module of the layer makes of a batch once, and repeat it."""
+    def replay(self, part: nn.Module, linear: nn.Module, behind: tuple[None, ...] | None) -> Replay:
+        """A stand-in for this part of the layer, which returns the output of `linear`, in a tuple before `behind`."""
         number = len(self._replays)
         if number == len(self._replayed):
             self._replayed.append(BatchTensors(self.device, REPLAYED_ON_DEVICE_BYTES))
-        self._replays.append(Replay(module, self, self._replayed[number]))
+        self._replays.append(Replay(part, linear, behind, self, self._replayed[number]))
+        return self._replays[-1]
 
 
 class Replay:
-    """Stands in for the forward of a module whose weights and inputs no longer change.
+    """Stands in for the forward of a part of a layer that ends in a linear, once that linear's inputs are final.
 
-    Outputs other than a tensor, alone or before nothing but None in a tuple, are computed every time.
+    They are kept, and nothing before them is computed again.
     """
 
-    def __init__(self, module: nn.Module, states: CalibrationStates, outputs: BatchTensors) -> None:
-        self._module = module
-        self._replaced = vars(module).get("forward")
-        self._forward = module.forward
+    def __init__(
+        self,
+        part: nn.Module,
+        linear: nn.Module,
+        behind: tuple[None, ...] | None,
+        states: CalibrationStates,
+        inputs: BatchTensors,
+    ) -> None:
+        self._part, self._linear, self._behind = part, linear, behind
+        self._replaced: Any = vars(part).get("forward")
         self._states = states
-        self._outputs = outputs
-        self._known: dict[int, tuple[None, ...] | None] = {}
-        """Batch → what stands behind the tensor in the tuple; None where it stands alone."""
-        module.forward = self._call
+        self._inputs = inputs
+        self._started = False
+
+    def keep(self, x: torch.Tensor) -> None:
+        """Take the linear's input for the batch that runs; it must not change any more."""
+        self._inputs.put(self._states.running, x)
+
+    def start(self) -> None:
+        """From now on take the part's place. The input of every batch was kept."""
+        self._started = True
+        self._part.forward = self._call
 
     def prefetch(self, batch: int) -> None:
-        if batch in self._known:
-            self._outputs.prefetch(batch)
+        if self._started:
+            self._inputs.prefetch(batch)
 
     def end(self) -> None:
-        """Give the module its own forward back."""
-        if self._replaced is None:
-            del self._module.forward
-        else:
-            self._module.forward = self._replaced
+        """Give the part its own forward back."""
+        if self._started and self._replaced is None:
+            del self._part.forward
+        elif self._started:
+            self._part.forward = self._replaced
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        batch = self._states.running
-        if batch not in self._known:
-            output = self._forward(*args, **kwargs)
-            first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
-            if not isinstance(first, torch.Tensor) or any(item is not None for item in rest or ()):
-                return output
-            self._known[batch] = rest
-            self._outputs.put(batch, first)
-        # A copy: some models add to what they get in place.
-        first, rest = self._outputs.get(batch).clone(), self._known[batch]
-        return first if rest is None else (first, *rest)
+        output = self._linear(self._inputs.get(self._states.running))
+        return output if self._behind is None else (output, *self._behind)
 
 
 def enter_model(skeleton: Skeleton, batches: Sequence[Batch], device: str) -> CalibrationStates:

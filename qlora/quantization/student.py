@@ -24,6 +24,7 @@ from qlora.errors import UserError
 from qlora.kernels.packed_linear import PackedWeight, dequantize, log_scale_gradient
 from qlora.models.checkpoint import CheckpointReader
 from qlora.models.gptq_format import WORD_BITS, unpack_zeros
+from qlora.quantization.norms import fuse_rms_norms
 from qlora.quantization.skeleton import Skeleton
 
 # Share of the memory that is free before the first step that may hold what the backward needs; beyond it, layers are
@@ -208,6 +209,7 @@ class Student:
         else:
             head.weight = self.model.get_input_embeddings().weight
         self.model.requires_grad_(False)
+        fuse_rms_norms(self.model)
         for linear in self.linears.values():
             linear.log_scale.requires_grad_(True)
 

@@ -1,5 +1,7 @@
 """The same checkpoint from a GPU: mixed-precision Hessians, determinism, agreement with the CPU."""
 
+import copy
+
 import pytest
 import torch
 
@@ -7,7 +9,8 @@ from qlora.models.checkpoint import CheckpointReader
 from qlora.models.gptq_format import TENSOR_NAMES, GPTQTensors, dequantize
 from qlora.quantization import GPTQSettings, quantize_checkpoint
 from qlora.quantization.hessian import InputStatistics
-from qlora.quantization.solver import solve
+from qlora.quantization.skeleton import Skeleton
+from qlora.quantization.solver import product, solve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -33,6 +36,48 @@ def test_codes_are_those_of_the_cpu(bits, sym):
     on_cpu, on_gpu = solve(w_NK, hessian, settings), solve(w_NK.cuda(), hessian.cuda(), settings)
     assert torch.equal(on_cpu.grid.scales_GN, on_gpu.grid.scales_GN.cpu())
     assert (on_cpu.codes_KN == on_gpu.codes_KN.cpu()).double().mean() > 0.999
+
+
+@pytest.mark.parametrize("outputs", [64, 400])
+def test_corrections_are_as_good_as_in_float64(outputs):
+    generator = torch.Generator().manual_seed(0)
+    full_TK = torch.randn(2000, 256, generator=generator).double() @ torch.randn(256, 256, generator=generator).double()
+    x_TK = full_TK + 0.1 * full_TK.roll(1, dims=1)
+    w_NK = torch.randn(outputs, 256, generator=generator, dtype=torch.float64)
+    hessian, drift = x_TK.T @ x_TK / 2000, (full_TK - x_TK).T @ x_TK / 2000
+    settings = GPTQSettings(group_size=64, asymmetric_calibration=1.0)
+    errors = []
+    for dtype, device in ((torch.float64, "cpu"), (torch.float32, "cuda")):
+        solution = solve(*(each.to(device, dtype) for each in (w_NK, hessian)), settings, drift.to(device, dtype))
+        group = solution.g_idx.long()
+        codes_KN = solution.codes_KN.double() - solution.grid.zeros_GN.double()[group]
+        q_KN = (codes_KN * solution.grid.scales_GN.double()[group]).cpu()
+        errors.append((x_TK @ q_KN - full_TK @ w_NK.T).square().mean().item())
+    assert errors[1] == pytest.approx(errors[0], rel=0.01)
+
+
+@pytest.mark.parametrize("shape", [((300, 200), (200, 500)), ((64, 4096), (4096, 70))])
+def test_products_of_halves_are_good_to_sixteen_bits(shape):
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(*each, generator=generator, dtype=torch.float64) for each in shape)
+    found = product(left.float().cuda(), right.float().cuda()).double().cpu()
+    assert (found - left @ right).norm() < 2.0**-15 * (left @ right).norm()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3"])
+def test_fused_norms_are_those_of_the_model(save_model, kind):
+    skeleton = Skeleton(CheckpointReader(save_model(kind)), attn_implementation="sdpa", trust_remote_code=False)
+    layer = skeleton.fill_layer(0, "cuda")
+    norms = [module for module in layer.modules() if "RMSNorm" in type(module).__name__]
+    assert norms
+    for norm in norms:
+        x = torch.randn(3, 5, norm.weight.shape[0], device="cuda", dtype=skeleton.dtype)
+        tolerance = max(2 * torch.finfo(skeleton.dtype).eps, 1e-5)
+        assert "forward" in vars(norm)
+        torch.testing.assert_close(norm(x), type(norm).forward(norm, x), rtol=tolerance, atol=tolerance)
+        twin = copy.deepcopy(norm)
+        twin.weight.data.zero_()
+        assert not torch.equal(twin(x), norm(x))
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3"])

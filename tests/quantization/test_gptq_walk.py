@@ -1,6 +1,7 @@
 """The walk from layer to layer against the model's own forward: hidden states, groups, Hessians, padding."""
 
 import copy
+import gc
 from dataclasses import replace
 
 import pytest
@@ -15,7 +16,7 @@ from qlora.quantization.calibration import make_batches
 from qlora.quantization.modules import layer_linears
 from qlora.quantization.skeleton import Skeleton
 from qlora.quantization.states import CalibrationStates, enter_model, select_real
-from qlora.quantization.walk import FullModel, collect_statistics, input_groups
+from qlora.quantization.walk import Walk, collect_statistics, layer_order
 
 KINDS = ["llama", "qwen2", "qwen3", "gemma3"]
 
@@ -61,10 +62,14 @@ def test_linears_are_grouped_by_input_in_the_order_of_the_forward(save_model, ro
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     ]
-    stages, unreached = input_groups(layer_linears(layer), layer, states, 0, sequential=True)
-    assert [[group.names for group in stage] for stage in stages] == [[names] for names in expected] and not unreached
-    stages, _ = input_groups(layer_linears(layer), layer, states, 0, sequential=False)
-    assert [[group.names for group in stage] for stage in stages] == [expected]
+    walk = Walk(layer, 0, layer_linears(layer), states)
+    order = layer_order(walk, sequential=True)
+    assert [[group.names for group in stage] for stage in order.stages] == [[names] for names in expected]
+    assert not order.unreached
+    assert {name: ending.part for name, ending in order.endings.items()} == {"self_attn.o_proj": "self_attn"}
+    order = layer_order(walk, sequential=False)
+    assert [[group.names for group in stage] for stage in order.stages] == [expected]
+    assert not order.endings
 
 
 @torch.no_grad()
@@ -72,7 +77,7 @@ def test_a_linear_that_never_runs_is_an_error(save_model, rows):
     skeleton, states = open_walk(save_model("llama"), rows)
     layer = skeleton.fill_layer(0, "cpu")
     with pytest.raises(UserError, match="runs 0 times"):
-        input_groups({**layer_linears(layer), "idle": nn.Linear(64, 64)}, layer, states, 0, sequential=True)
+        layer_order(Walk(layer, 0, {**layer_linears(layer), "idle": nn.Linear(64, 64)}, states), sequential=True)
 
 
 @torch.no_grad()
@@ -85,8 +90,9 @@ def test_statistics_are_those_of_real_tokens_at_their_weights(save_model, rows, 
     skeleton, states = open_walk(directory, rows, prompt_weight=0.25)
     layer = skeleton.fill_layer(0, "cpu")
     linears = layer_linears(layer)
-    stages, _ = input_groups(linears, layer, states, 0, sequential=False)
-    statistics = collect_statistics(linears, stages[0], layer, states, 0)
+    walk = Walk(layer, 0, linears, states)
+    stages = layer_order(walk, sequential=False).stages
+    statistics = collect_statistics(stages[0], walk)
 
     model = load(directory)
     inputs: dict[str, list[torch.Tensor]] = {group.first: [] for group in stages[0]}
@@ -108,15 +114,15 @@ def test_statistics_are_those_of_real_tokens_at_their_weights(save_model, rows, 
 @torch.no_grad()
 def test_drift_is_the_way_from_the_quantized_inputs_to_those_of_the_full_model(save_model, rows):
     skeleton, states = open_walk(save_model("llama"), rows)
-    chosen, full_states = states.some(10**9)
-    assert chosen == list(range(len(states.batches)))
+    full_states = states.some(10**9)
+    assert full_states.numbers == list(range(len(states.batches)))
     layer = skeleton.fill_layer(0, "cpu")
     full_layer = copy.deepcopy(layer)
     layer.self_attn.v_proj.weight.mul_(0.9)
     linears, full_linears = layer_linears(layer), layer_linears(full_layer)
-    stages, _ = input_groups(linears, layer, states, 0, sequential=True)
-    full = FullModel(full_layer, full_linears, chosen, full_states)
-    (found,) = collect_statistics(linears, stages[1], layer, states, 0, full)
+    walk, full = Walk(layer, 0, linears, states), Walk(full_layer, 0, full_linears, full_states)
+    stages = layer_order(walk, sequential=True).stages
+    (found,) = collect_statistics(stages[1], walk, full)
 
     def inputs_of_o_proj(module, linear, states: CalibrationStates) -> torch.Tensor:
         seen = []
@@ -132,6 +138,61 @@ def test_drift_is_the_way_from_the_quantized_inputs_to_those_of_the_full_model(s
     torch.testing.assert_close(x_TK, 0.9 * full_TK, atol=1e-5, rtol=1e-4)
     expected = ((full_TK - x_TK).T @ x_TK / len(x_TK)).float()
     torch.testing.assert_close(found.drift(), expected, atol=1e-5, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["llama", "gemma3"])
+def test_a_replayed_part_is_what_its_forward_is(save_model, rows, kind):
+    skeleton, states = open_walk(save_model(kind), rows)
+    layer = skeleton.fill_layer(0, "cpu")
+    walk = Walk(layer, 0, layer_linears(layer), states)
+    order = layer_order(walk, sequential=True)
+
+    def outputs() -> list[torch.Tensor]:
+        return [walk.forward(batch, hidden) for batch, hidden in enumerate(states.on_device())]
+
+    ran = []
+    layer.self_attn.q_proj.register_forward_hook(lambda *_: ran.append(1))
+    with states.replaying():
+        walk.prepare_replays(order.endings)
+        for stage in order.stages[:2]:
+            collect_statistics(stage, walk)
+        layer.self_attn.o_proj.weight.mul_(0.9)  # what follows the kept inputs may still change
+        expected = outputs()
+        walk.start_replays(order.stages[1])
+        ran.clear()
+        for found, wanted in zip(outputs(), expected, strict=True):
+            assert torch.equal(found, wanted)
+        assert not ran
+    outputs()
+    assert len(ran) == len(states.batches)
+
+
+@torch.no_grad()
+def test_a_part_that_changes_what_its_last_linear_gave_is_not_replayed(save_model, rows):
+    skeleton, states = open_walk(save_model("llama"), rows)
+    layer = skeleton.fill_layer(0, "cpu")
+    layer.self_attn.register_forward_hook(lambda _, args, output: (output[0].mul_(0.5), *output[1:]))
+    assert not layer_order(Walk(layer, 0, layer_linears(layer), states), sequential=True).endings
+
+
+@torch.no_grad()
+def test_forwards_that_end_early_leave_no_activations(save_model, rows):
+    """Not even to the garbage collector, which would come late: memory would grow with every pass."""
+    skeleton, states = open_walk(save_model("llama"), rows)
+    layer = skeleton.fill_layer(0, "cpu")
+    walk = Walk(layer, 0, layer_linears(layer), states)
+    stages = layer_order(walk, sequential=True).stages
+    gc.collect()
+    gc.disable()
+    try:
+        counts = []
+        for _ in range(3):
+            collect_statistics(stages[-1], walk)
+            counts.append(sum(type(item) is torch.Tensor for item in gc.get_objects()))
+        assert counts[0] == counts[1] == counts[2]
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()
