@@ -50,21 +50,6 @@ class Solution:
     dead_columns: int
 
 
-@dataclass(frozen=True)
-class Factor:
-    """The Cholesky factor of the damped Hessian, its inputs in the reverse of the order in which they are visited."""
-
-    lower_KK: torch.Tensor
-    """R upside down: H = lower·lowerᵀ in that order."""
-    damp: float
-    """Damping that the factorisation needed."""
-
-    def feedback(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(R[j,i]/R[i,i] at [i, j], R[i,i]²), in the order of visits."""
-        pivots = self.lower_KK.diagonal().flip(0)
-        return self.lower_KK.T.flip(0, 1).contiguous().div_(pivots[:, None]), pivots.square()
-
-
 def solve(
     w_NK: torch.Tensor, hessian_KK: torch.Tensor, settings: GPTQSettings, drift_KK: torch.Tensor | None = None
 ) -> Solution:
@@ -86,24 +71,37 @@ def solve(
         order_K = torch.argsort(diagonal_K, descending=True, stable=True)
     backwards_K = order_K.flip(0)
 
-    # Row by row, then column by column: an index for every element would be larger than the matrix.
-    hessian = hessian_KK.to(w_KN.dtype).index_select(0, backwards_K).index_select(1, backwards_K)
-    del hessian_KK  # a wide layer's is half a gigabyte: where the caller has no use for it, this frees it
+    # Square matrices of a wide layer are gigabytes. Those that the caller has no more use for are freed by each `del`:
+    # at no time are there more than two beside it, or one in halves.
+    pull_KX = None
+    if drift_KK is not None and settings.asymmetric_calibration:
+        # W* − W = W·D·H⁻¹ needs a solution for W·D or for D: for the narrower.
+        narrow = w_KN.shape[1] < inputs
+        drift_KK = drift_KK.to(w_KN.dtype)
+        pull_KX = product(drift_KK.T, w_KN) if narrow else drift_KK.T.contiguous()
+    del drift_KK
+    sorted_KK = hessian_KK.to(w_KN.dtype).index_select(0, backwards_K)
+    del hessian_KK
+    hessian = sorted_KK.index_select(1, backwards_K)
+    del sorted_KK
     # An input that calibration never excited says nothing about its weights: they are rounded to nearest, as important
     # as an average column. Zeroing them, as the reference implementation does, would break inputs that do excite it.
     dead_K = diagonal_K == 0
     mean = diagonal_K.mean()
     mean = torch.where(mean > 0, mean, 1.0)
     hessian.diagonal().add_(dead_K[backwards_K] * mean)
-    factor = factorise(hessian, settings.damp)
+    lower_KK, damp = factorise(hessian, settings.damp)
     del hessian
 
-    if drift_KK is not None and settings.asymmetric_calibration:
-        w_KN += settings.asymmetric_calibration * _correction(w_KN, drift_KK, factor.lower_KK, backwards_K)
-    del drift_KK
-    feedback_KK, cost_K = factor.feedback()
-    damp = factor.damp
-    del factor
+    if pull_KX is not None:
+        pull_KX[backwards_K] = torch.cholesky_solve(pull_KX[backwards_K], lower_KK)
+        w_KN += settings.asymmetric_calibration * (pull_KX if narrow else product(pull_KX, w_KN))
+        del pull_KX
+    # Its inputs stood in the reverse order of visits: turned round, it is R.
+    upper_KK = lower_KK.flip(0, 1)
+    del lower_KK
+    feedback_KK, cost_K = feedback(upper_KK)
+    del upper_KK
     importance_K = torch.empty_like(cost_K)
     importance_K[order_K] = cost_K
     grid = choose_grid(w_KN, importance_K, bits=settings.bits, group_size=size, sym=settings.sym)
@@ -119,8 +117,8 @@ def round_to_nearest(w_NK: torch.Tensor, settings: GPTQSettings) -> Solution:
     return solve(w_NK, identity, settings)
 
 
-def factorise(hessian_KK: torch.Tensor, damp: float) -> Factor:
-    """L of H + λI = L·Lᵀ, λ a share of H's mean diagonal: `damp`, or more where that does not suffice.
+def factorise(hessian_KK: torch.Tensor, damp: float) -> tuple[torch.Tensor, float]:
+    """L, lower triangular, of H + λI = L·Lᵀ, and λ as a share of H's mean diagonal: `damp`, or more if that is needed.
 
     Tried in H's own precision, then in fp64, then with tenfold damping; H is changed meanwhile, and given back as it
     was. Raises HessianError if nothing helps.
@@ -136,25 +134,16 @@ def factorise(hessian_KK: torch.Tensor, damp: float) -> Factor:
         hessian_KK.diagonal().copy_(diagonal_K)
         # The one point at which the CPU waits for the GPU: what follows depends on the answer.
         if bool((failed == 0) & torch.isfinite(lower.diagonal()).all()):
-            return Factor(lower.to(hessian_KK.dtype), share)
+            return lower.to(hessian_KK.dtype), share
     if not bool(torch.isfinite(hessian_KK).all()):
         raise HessianError("the Hessian is not finite: calibration activations overflow")
     raise HessianError(f"the Hessian is not positive definite, even damped by {LARGEST_DAMP} of its mean diagonal")
 
 
-def _correction(
-    w_KN: torch.Tensor, drift_KK: torch.Tensor, lower_KK: torch.Tensor, backwards_K: torch.Tensor
-) -> torch.Tensor:
-    """(W·D·H⁻¹)ᵀ [K, N], by solving for W·D or for D, whichever is narrower.
-
-    `lower_KK` is H's factor with inputs in the order `backwards_K`.
-    """
-    inputs, outputs = w_KN.shape
-    drift_KK = drift_KK.to(w_KN.dtype)
-    narrow = product(drift_KK.T, w_KN) if outputs < inputs else drift_KK.T
-    solved = torch.empty_like(narrow, memory_format=torch.contiguous_format)
-    solved[backwards_K] = torch.cholesky_solve(narrow[backwards_K], lower_KK)
-    return solved if outputs < inputs else product(solved, w_KN)
+def feedback(upper_KK: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(R[j,i]/R[i,i] at [i, j], R[i,i]²) of R, whose memory the first may take over."""
+    pivots_K = upper_KK.diagonal().clone()
+    return upper_KK.T.contiguous().div_(pivots_K[:, None]), pivots_K.square()
 
 
 def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from qlora.quantization.calibration import Batch, LayerCall, LayerInputs, record
 from qlora.quantization.skeleton import Skeleton
 
 # What stays on the GPU of the hidden states of one model, and of what is kept for one replayed part of a layer.
-HIDDEN_STATES_ON_DEVICE_BYTES = 3 * 2**29
+HIDDEN_STATES_ON_DEVICE_BYTES = 2**31
 REPLAYED_ON_DEVICE_BYTES = 2**29
 BATCHES_AHEAD = 2
 

@@ -11,6 +11,8 @@ so. With --model, the rows are those of a JSONL file (GSM8K's columns, or any fo
 training; --packed lays them end to end in full rows. --repeat 2 runs everything twice in a process: the first run of a
 machine also builds kernels, so the last one is the row and the first one a column.
 
+With --refine, our result is refined with the default settings afterwards, timed and measured apart.
+
 Prints a Markdown table and writes it with all figures to DIR/gptq.json. Checkpoints are read from a warm page cache.
 GPU memory is the peak of torch's allocator and of what it reserved, host memory the resident high-water mark. A failed
 engine is a row that says so and names its log. Finished jobs are kept in DIR/jobs and not run again.
@@ -55,6 +57,8 @@ def main() -> None:
             print(
                 f"\n{row['label']}: " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in row["parts"].items())
             )
+        if row.get("refine"):
+            print(f"{row['label']}, refinement: {describe_refinement(row['refine'])}")
 
 
 def measure(arguments: argparse.Namespace, engine: str, rows: Path) -> list[dict[str, Any]]:
@@ -97,6 +101,7 @@ def run(arguments: argparse.Namespace, engine: str, model: Path, rows: Path) -> 
         device=arguments.device,
         batch_rows=1 if ragged and engine == "llmcompressor" else arguments.batch_rows,
         repeat=arguments.repeat,
+        refine=arguments.refine and engine == "ours",
         options=arguments.set if engine == "ours" else {},
     )
     print(f"{name} …", flush=True)
@@ -121,6 +126,7 @@ def outcome(result: Mapping[str, Any]) -> dict[str, Any]:
         "host_gib": last["host_peak_gib"],
         "tokens": result["tokens"],
         "parts": last.get("parts", {}),
+        "refine": last.get("refine"),
     }
 
 
@@ -187,6 +193,12 @@ def calibration_rows(arguments: argparse.Namespace) -> list[list[int]]:
     return [stream[start : start + arguments.length] for start in starts]
 
 
+def describe_refinement(refine: Mapping[str, Any]) -> str:
+    peak = f", {refine['gpu_peak_gib']:.2f} GiB of GPU memory" if refine["gpu_peak_gib"] is not None else ""
+    kl = f"KL on held-back rows {refine['kl_before']:.4f} → {refine['kl_after']:.4f}"
+    return f"{refine['steps']} steps, {refine['seconds']:.1f} s{peak}; {kl}"
+
+
 def describe(arguments: argparse.Namespace, rows: Path) -> str:
     lengths = [len(row) for row in json.loads(rows.read_text())]
     what = f"{arguments.shape} shape, random weights" if arguments.shape else arguments.model.name
@@ -223,6 +235,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--batch-rows", type=int, default=8, help="rows per forward pass of the peers")
     parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--refine", action="store_true", help="refine our result too, with the defaults")
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--timeout", type=float, help="seconds after which an engine is given up")
     parser.add_argument("--set", type=assignment, action="append", default=[], help="key=value of GPTQSettings, ours")

@@ -50,6 +50,8 @@ class Job:
     """Repetitions in the same process; the first one of a machine also builds kernels."""
     dense: bool = False
     """Write llmcompressor's result once more as plain 16-bit weights, `<output>-dense`, for measuring; not timed."""
+    refine: bool = False
+    """Refine our result with the defaults; timed apart."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further settings of the engine: fields of GPTQSettings, of gptqmodel's QuantizeConfig, of GPTQModifier."""
 
@@ -94,6 +96,11 @@ def main() -> None:
             parts = ENGINES[job.engine](job, rows)
         runs.append(parts | asdict(cost) | {"gpu_reserved_gib": reserved_gib()})
         release()
+        if job.refine:
+            with measured() as cost:
+                report = refine(job, rows)
+            runs[-1]["refine"] = report | asdict(cost)
+            release()
     if job.dense:
         write_dense(output, dense(output), job.device)
     version = importlib.metadata.version(PACKAGES[job.engine]) if job.engine != "ours" else own_version()
@@ -113,6 +120,17 @@ def ours(job: Job, rows: list[list[int]]) -> dict[str, Any]:
     # Reading and writing run beside the computation; what is counted as loading and saving is the time waited for them.
     load, save = (sum(report.timings.get(part, 0.0) for part in parts) for parts in (("load",), ("write",)))
     return {"load": load, "quantize": report.seconds - load - save, "save": save, "parts": report.timings}
+
+
+def refine(job: Job, rows: list[list[int]]) -> dict[str, Any]:
+    from qlora.data.calibration import CalibrationRow
+    from qlora.models.checkpoint import CheckpointReader
+    from qlora.quantization.refine import RefineSettings, refine_checkpoint
+
+    calibration = [CalibrationRow(tuple(row), None) for row in rows]
+    source = CheckpointReader(Path(job.model))
+    report = refine_checkpoint(source, Path(job.output), calibration, RefineSettings(), device=job.device)
+    return {key: getattr(report, key) for key in ("kept", "kl_before", "kl_after", "teacher_seconds", "steps")}
 
 
 def gptqmodel(job: Job, rows: list[list[int]]) -> dict[str, Any]:

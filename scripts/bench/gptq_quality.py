@@ -208,7 +208,7 @@ def overlaid(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 # What decides the figures and so stays the same for every call on one --out; of files, their names.
-DECISIVE = ("rows", "test_rows", "epochs", "max_steps", "chunks", "chunk_length")
+DECISIVE = ("rows", "test_skip", "test_rows", "epochs", "max_steps", "chunks", "chunk_length")
 FILES = ("model", "train", "test", "general_valid", "general_test")
 
 
@@ -224,9 +224,9 @@ def study_settings(arguments: argparse.Namespace) -> dict[str, Any]:
     settings = {key: str(getattr(arguments, key).resolve()) for key in ("out", *FILES)}
     settings |= {
         "train_rows": str(as_chat(arguments.train, arguments.out.resolve(), arguments.rows)),
-        "test_rows": str(as_chat(arguments.test, arguments.out.resolve(), arguments.test_rows)),
+        "test_rows": str(as_chat(arguments.test, arguments.out.resolve(), arguments.test_rows, arguments.test_skip)),
     }
-    settings |= {key: getattr(arguments, key) for key in DECISIVE if key not in ("rows", "test_rows")}
+    settings |= {key: getattr(arguments, key) for key in DECISIVE if key not in ("rows", "test_skip", "test_rows")}
     settings |= {"device": pick_device(arguments.device), "python": arguments.python, "seeds": arguments.seeds}
     return settings | {"batch_size": arguments.batch_size, "decisive": decisive}
 
@@ -243,6 +243,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=lambda text: [int(part) for part in text.split(",")], default=[0, 1, 2])
     parser.add_argument("--rows", type=int, help="training rows (default: all)")
     parser.add_argument("--test-rows", type=int, default=400)
+    parser.add_argument("--test-skip", type=int, default=0, help="leave out so many rows of --test before them")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--max-steps", type=int, help="stop training early, for a trial")
     parser.add_argument("--chunks", type=int, default=100)

@@ -19,6 +19,7 @@ import argparse
 import json
 import platform
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -110,13 +111,11 @@ def recipe_for(arguments: argparse.Namespace) -> dict:
     }
 
 
-def as_chat(path: Path, out: Path, rows: int | None) -> Path:
-    """GSM8K's question and answer as messages; other columns as they are."""
-    target = out / f"{path.stem}.{rows or 'all'}.jsonl"
+def as_chat(path: Path, out: Path, rows: int | None, skip: int = 0) -> Path:
+    """GSM8K's question and answer as messages; other columns as they are. The first `rows` after `skip` others."""
+    target = out / f"{path.stem}.{skip}.{rows or 'all'}.jsonl"
     with path.open(encoding="utf-8") as source, target.open("w", encoding="utf-8") as file:
-        for index, line in enumerate(source):
-            if rows is not None and index >= rows:
-                break
+        for line in islice(source, skip, None if rows is None else skip + rows):
             row = json.loads(line)
             if "question" in row:
                 roles = (("user", row["question"]), ("assistant", row["answer"]))

@@ -7,7 +7,7 @@ from qlora.kernels.gptq_block import BLOCK, Columns, quantize_block
 from qlora.kernels.grid_search import search_scales
 from qlora.quantization.grid import choose_grid
 from qlora.quantization.settings import GPTQSettings
-from qlora.quantization.solver import factorise, solve
+from qlora.quantization.solver import factorise, feedback, solve
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -54,7 +54,7 @@ def test_groups_that_are_not_finite_get_the_scale_nan():
 @pytest.mark.parametrize(("inputs", "outputs"), [(576, 960), (200, 33)])
 def test_a_block_is_that_of_the_twin(inputs, outputs, tokens):
     w_NK, hessian = problem(inputs, outputs, tokens=tokens)
-    feedback_KK, cost_K = factorise(hessian, 0.01).feedback()
+    feedback_KK, cost_K = feedback(factorise(hessian, 0.01)[0].flip(0, 1))
     w_KN = w_NK.T.contiguous()
     grid = choose_grid(w_KN, cost_K, bits=4, group_size=inputs // 8 * 8 // 8, sym=True)
     order_K = torch.randperm(inputs, generator=torch.Generator().manual_seed(1)).cuda()

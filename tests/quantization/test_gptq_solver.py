@@ -6,7 +6,7 @@ import torch
 from qlora.models.gptq_format import SUPPORTED_BITS, dequantize, pack
 from qlora.quantization.hessian import InputStatistics
 from qlora.quantization.settings import GPTQSettings
-from qlora.quantization.solver import HessianError, factorise, quantize_columns, solve
+from qlora.quantization.solver import HessianError, factorise, feedback, quantize_columns, solve
 
 INPUTS, OUTPUTS = 96, 32
 
@@ -71,7 +71,7 @@ def test_equals_the_naive_loop(bits, sym, act_order):
 def test_blocks_change_nothing(block):
     w_NK, hessian = random_problem()
     grid = solve(w_NK, hessian, GPTQSettings(group_size=32)).grid
-    feedback_KK, cost_K = factorise(hessian, 0.01).feedback()
+    feedback_KK, cost_K = feedback(factorise(hessian, 0.01)[0].flip(0, 1))
     order_K = torch.arange(INPUTS)
     arguments = (w_NK.T.contiguous(), feedback_KK, cost_K, grid, order_K // 32, order_K)
     codes_KN, loss_N = quantize_columns(*arguments, block=block)
@@ -172,10 +172,11 @@ def test_inputs_that_are_always_zero_are_rounded_to_nearest():
 
 def test_the_factor_is_that_of_the_damped_hessian():
     _, hessian = random_problem()
-    factor = factorise(hessian, 0.01)
+    lower_KK, damp = factorise(hessian, 0.01)
+    assert damp == 0.01
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(INPUTS)
-    torch.testing.assert_close(factor.lower_KK @ factor.lower_KK.T, damped)
-    feedback_KK, cost_K = factor.feedback()
+    torch.testing.assert_close(lower_KK @ lower_KK.T, damped)
+    feedback_KK, cost_K = feedback(lower_KK.flip(0, 1))
     # In the order of visits H = R·Rᵀ, with the rows of feedback those of Rᵀ, divided by the diagonal.
     r_KK = (feedback_KK * cost_K.sqrt()[:, None]).T
     torch.testing.assert_close(r_KK @ r_KK.T, damped.flip(0, 1))
@@ -188,8 +189,8 @@ def test_ill_conditioned_hessians_are_solved_in_double_precision_before_more_dam
     damp = 1e-8
     damped = hessian + damp * hessian.diagonal().mean() * torch.eye(INPUTS)
     assert torch.linalg.cholesky_ex(damped).info != 0
-    factor = factorise(hessian, damp)
-    assert factor.damp >= damp and torch.isfinite(factor.lower_KK).all()
+    lower_KK, needed = factorise(hessian, damp)
+    assert needed >= damp and torch.isfinite(lower_KK).all()
 
 
 def test_damping_is_raised_and_reported_where_precision_does_not_help():
@@ -198,8 +199,8 @@ def test_damping_is_raised_and_reported_where_precision_does_not_help():
     eigenvalues, vectors = torch.linalg.eigh(hessian)
     eigenvalues[0] = -0.05 * hessian.diagonal().mean()
     hessian = (vectors * eigenvalues) @ vectors.T
-    factor = factorise(hessian, 0.001)
-    assert factor.damp == pytest.approx(0.1)
+    _, damp = factorise(hessian, 0.001)
+    assert damp == pytest.approx(0.1)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
