@@ -235,10 +235,10 @@ class Refine(Section):
     norm_learning_rate: Annotated[float, Field(gt=0)] = 3e-4
     """Of the relative change of norms, at its peak."""
     samples: PositiveInt | None = None
-    """Rows to learn from, drawn as calibration rows are; null: the calibration rows themselves."""
+    """Rows to learn from, drawn as calibration rows are; null: as many as hold the tokens of all steps."""
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Rows that decide whether the result is kept, as a share of those learned from: other training rows where there
-    are enough, else so many of these, which are then not learned from."""
+    """Rows that decide whether the result is kept, as a share of those learnt from: other training rows where some are
+    left, else so many of these, which are then not learnt from."""
 
 
 class ModuleSettings(Section):

@@ -206,27 +206,24 @@ def _calibration_rows(run: Run, calibration: Calibration) -> list[CalibrationRow
 def _refine(
     run: Run, source: TensorSource, output: Path, rows: list[CalibrationRow], options: dict[str, Any]
 ) -> dict[str, Any]:
-    from qlora.data.calibration import unseen_rows
+    from qlora.data.calibration import refinement_rows
     from qlora.quantization.refine import RefineSettings, refine_checkpoint
 
     quantize = run.recipe.quantize
     section = quantize.refine
     assert section is not None
-    if section.samples is not None:
-        rows = _calibration_rows(run, quantize.calibration.model_copy(update={"samples": section.samples}))
-    held_back = unseen_rows(
-        quantize.calibration,
+    learnt, deciding = refinement_rows(
+        quantize,
         run.train_rows.rows,
         run.tokenizer,
-        count=max(1, round(section.held_out * len(rows))),
-        seed=run.recipe.seed + 1,
+        seed=run.recipe.seed,
         exclude=run.held_out_rows,
-        used=rows,
+        calibration=rows,
     )
     settings = RefineSettings(
         **section.model_dump(exclude={"samples"}), prompt_weight=quantize.prompt_weight, seed=run.recipe.seed
     )
-    report = refine_checkpoint(source, output, rows, settings, held_back=held_back, **options)
+    report = refine_checkpoint(source, output, learnt, settings, held_back=deciding, **options)
     _release_memory()
     return asdict(report)
 

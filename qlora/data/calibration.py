@@ -9,6 +9,7 @@ and fills `max_length`, since it has no length of its own. A mix counts tokens, 
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from qlora.data.corpora import corpus_texts
 from qlora.data.rendering import IGNORED, RenderedRow
 from qlora.data.templates import adds_bos
 from qlora.errors import UserError
-from qlora.recipe import Calibration
+from qlora.recipe import Calibration, Quantize
 
 _CHARACTERS_PER_TOKEN = 16  # more than any text needs, so that a window of it always holds enough tokens
 
@@ -47,8 +48,8 @@ def calibration_rows(
     """The rows that a recipe's `quantize.calibration` asks for; the same for the same seed.
 
     train: rendered rows of the training split; duplicates count once. exclude: rendered evaluation rows; a training row
-    with the same tokens is not used. Where there are fewer rows than asked for, all are taken, and the mix shrinks with
-    them, so that its share holds.
+    with the same tokens is not used, nor is one that is among `used`. Where there are fewer rows than asked for, all
+    are taken, and the mix shrinks with them, so that its share holds.
 
     Raises `UserError` when nothing is left to draw from, when a text is too short, or cannot be read.
     """
@@ -61,25 +62,34 @@ def calibration_rows(
     return rows
 
 
-def unseen_rows(
-    section: Calibration,
+def refinement_rows(
+    section: Quantize,
     train: Sequence[RenderedRow],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    count: int,
     seed: int,
     exclude: Sequence[RenderedRow],
-    used: Sequence[CalibrationRow],
-) -> list[CalibrationRow]:
-    """`count` rows as `calibration_rows` draws them, of which no training row is among `used`.
+    calibration: Sequence[CalibrationRow],
+) -> tuple[list[CalibrationRow], list[CalibrationRow]]:
+    """(rows that refinement learns from, rows that decide whether its result is kept), drawn as calibration rows are.
 
-    None where calibration draws from other rows than training's, or too few of these are left.
+    To learn from: as many as `quantize.refine` asks for, or as hold the tokens of all its steps. To decide: rows that
+    are neither learnt from nor in `calibration`, on which a checkpoint looks better than it is; `held_out` of the
+    number of the others, or what is left. None where rows are not drawn from the training split, or where fewer are
+    left than `held_out` of the calibration rows.
     """
-    left = _Draw(train, exclude, used, tokenizer, section.max_length, random.Random(seed)).train_rows()
-    if section.from_ != "train" or len(left) < count:
-        return []
-    section = section.model_copy(update={"samples": count})
-    return calibration_rows(section, train, tokenizer, seed=seed, exclude=exclude, used=used)
+    refine = section.refine
+    assert refine is not None, "the recipe refines"
+    mean = sum(len(row.input_ids) for row in calibration) / len(calibration)
+    count = refine.samples or math.ceil(refine.steps * refine.tokens_per_step / mean)
+    draw = _Draw(train, exclude, calibration, tokenizer, section.calibration.max_length, random.Random(seed))
+    left = len(draw.train_rows()) if section.calibration.from_ == "train" else 0
+    deciding: list[CalibrationRow] = []
+    if left >= max(1, round(refine.held_out * len(calibration))):
+        some = section.calibration.model_copy(update={"samples": min(left, max(1, round(refine.held_out * count)))})
+        deciding = calibration_rows(some, train, tokenizer, seed=seed + 1, exclude=exclude, used=calibration)
+    many = section.calibration.model_copy(update={"samples": count})
+    return calibration_rows(many, train, tokenizer, seed=seed, exclude=exclude, used=deciding), deciding
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data.calibration import CalibrationRow, calibration_rows
+from qlora.data.calibration import CalibrationRow, calibration_rows, refinement_rows
 from qlora.data.rendering import RenderedRow
 from qlora.errors import Problem
 from qlora.models.quantize_estimates import quantized_linears
@@ -33,7 +33,7 @@ class CalibrationPreview:
 
     rows: list[CalibrationRow]
     refinement: list[CalibrationRow] | None
-    """Rows to refine on; None where the recipe does not refine."""
+    """Rows to refine on and to judge it by; None where the recipe does not refine."""
     parts: list[CalibrationPart]
     """What `rows` consist of."""
 
@@ -64,9 +64,12 @@ def preview_calibration(
         # What is mixed in is drawn last: without it, an equal seed draws the same other rows.
         others = draw(section.model_copy(update={"mix": None}))
         parts = [_part(section.from_, others), _part(section.mix.from_, rows, others)]
-    refinement = rows if refine else None
-    if refine and refine.samples is not None:
-        refinement = draw(section.model_copy(update={"samples": refine.samples}))
+    refinement = None
+    if refine is not None:
+        learnt, deciding = refinement_rows(
+            recipe.quantize, train, tokenizer, seed=recipe.seed, exclude=held_out, calibration=rows
+        )
+        refinement = learnt + deciding
     return CalibrationPreview(rows, refinement, parts)
 
 

@@ -1,15 +1,16 @@
 """Calibration rows: seeded, of every kind that a recipe can name, in the share and lengths asked for, never padded."""
 
 import json
+from functools import partial
 
 import pytest
 
-from qlora.data.calibration import calibration_row, calibration_rows, unseen_rows
+from qlora.data.calibration import calibration_row, calibration_rows, refinement_rows
 from qlora.data.corpora import corpus_digest, corpus_texts
 from qlora.data.formats import Completion
 from qlora.data.rendering import RenderedRow, render
 from qlora.errors import UserError
-from qlora.recipe import Calibration
+from qlora.recipe import Calibration, Quantize
 
 GENERAL = [f"{n}: the quick brown fox jumps over the lazy dog.\n{n} again, and more of the same." for n in range(200)]
 
@@ -125,14 +126,27 @@ def test_a_file_is_known_by_its_content_and_a_corpus_by_its_name(tmp_path):
         corpus_texts(str(tmp_path / "generel.txt"))
 
 
-def test_unseen_rows_are_none_of_those_drawn_before(train, chatml_tokenizer, general_file):
-    def unseen(count: int, of: Calibration, used: list) -> list:
-        return unseen_rows(of, train, chatml_tokenizer, count=count, seed=1, exclude=train[:3], used=used)
+def test_refinement_is_decided_by_rows_that_nothing_has_seen(train, chatml_tokenizer, general_file):
+    def draw(refine: dict, **calibration):
+        quantize = Quantize.model_validate({"calibration": calibration, "refine": refine})
+        drawn = partial(calibration_rows, quantize.calibration, train, chatml_tokenizer, seed=0, exclude=train[:3])
+        rows = drawn()
+        options = {"seed": 0, "exclude": train[:3], "calibration": rows}
+        return rows, *refinement_rows(quantize, train, chatml_tokenizer, **options)
 
-    first = calibration_rows(section(samples=25), train, chatml_tokenizer, seed=0, exclude=train[:3])
-    everything = calibration_rows(section(samples=400), train, chatml_tokenizer, seed=0, exclude=train[:3])
-    left = len(everything) - 25
-    others = unseen(left, section(samples=25), first)
-    assert sorted(ids([*first, *others])) == sorted(ids(everything))
-    assert unseen(left + 1, section(samples=25), first) == []
-    assert unseen(1, section(**{"from": general_file}), first) == []
+    everything = ids(calibration_rows(section(samples=400), train, chatml_tokenizer, seed=0, exclude=train[:3]))
+    rows, learnt, deciding = draw({"samples": 10, "held_out": 0.3}, samples=20)
+    assert (len(learnt), len(deciding)) == (10, 3)
+    assert all(row in everything and row not in ids(rows) + ids(learnt) for row in ids(deciding))
+
+    # As many as hold the tokens of the steps.
+    mean = sum(map(len, ids(rows))) / len(rows)
+    _, learnt, deciding = draw({"steps": 2, "tokens_per_step": round(5 * mean), "held_out": 0.5}, samples=20)
+    assert len(learnt) in (10, 11) and len(deciding) in (5, 6)
+
+    # More than there are: all that are left decide, and all others are learnt from.
+    rows, learnt, deciding = draw({"steps": 1000, "held_out": 0.1}, samples=len(everything) - 5)
+    assert len(deciding) == 5 and sorted(ids(learnt + deciding)) == sorted(everything)
+
+    assert draw({"samples": 10}, samples=400)[2] == []
+    assert draw({"samples": 10}, samples=4, max_length=16, **{"from": general_file})[2] == []
