@@ -1,15 +1,15 @@
 """Memory, disk and time of GPTQ and of refinement, by formula.
 
 GPTQ walks from layer to layer, so its memory is that of one layer at its peak: the layer, the statistics of the inputs
-that are calibrated together (K×K in fp32 each), three more of the one that is solved, four times the weights that read
+that are calibrated together (K×K in fp32 each), one more of the one that is solved, four times the weights that read
 it, one batch, and hidden states, of which a GPU holds so much and no more. With T calibration tokens, K inputs and N
 outputs of linears that share an input, and F FLOPs per token of a layer's linears and attention:
 
-    forwards     1.8·F·T, since each input is calibrated behind quantized linears
+    forwards     1.6·F·T, since each input is calibrated behind quantized linears
     statistics   1.25·K²·T: 2·K²·T, of which symmetry saves 3/8 or so
     solving      a Cholesky factor, N·K² for the errors, and a step per column
 
-Asymmetric calibration adds 1.6·F·T for the full model, and for all inputs but those of experts 2·K²·T for a second sum,
+Asymmetric calibration adds 1.1·F·T for the full model, and for all inputs but those of experts 2·K²·T for a second sum,
 with T the part of the calibration tokens that the full model sees; and 4·N·K² for what it changes.
 
 The rates below are assumptions, not measurements of this version; `scripts/bench/gptq.py` prints the parts of a run.
@@ -44,9 +44,9 @@ from qlora.recipe import Recipe
 # Linears under one parent that read one input, and are solved as one weight.
 SHARED_INPUT = (*FUSED_MODULES.values(), ("w1", "w3"))
 # Forwards of a layer, one input after the other or all in one pass: the quantized layer up to each of its inputs and
-# once more to its end, its attention only twice; and the full one up to each and, with the last, to its end.
-FORWARDS = {True: 1.8, False: 1.8}
-FORWARDS_OF_FULL_MODEL = {True: 1.6, False: 1.0}
+# once more to its end, its attention only once; and the full one up to each and, with the last, to its end.
+FORWARDS = {True: 1.6, False: 1.8}
+FORWARDS_OF_FULL_MODEL = {True: 1.1, False: 1.0}
 STATISTICS_FLOPS = 1.25
 SOLVER_COPIES = 4
 ACTIVATION_COPIES = 4
@@ -121,10 +121,10 @@ def estimate_quantize(
         calibration.tokens * token_bytes,
         min(calibration.tokens, FULL_MODEL_TOKENS) * token_bytes * asymmetric,
     )
-    # Of each layer's attention, what it made of all rows is kept while the rest of the layer is quantized.
-    hidden_states = 2 * own + of_full
-    kept = min(own, HIDDEN_STATES_ON_DEVICE_BYTES) + min(own, REPLAYED_ON_DEVICE_BYTES)
-    kept = kept + min(of_full, HIDDEN_STATES_ON_DEVICE_BYTES) if machine.on_gpu else 0
+    # Of both models, what attention's last projection gets is kept while the rest of a layer is quantized.
+    hidden_states = 2 * (own + of_full)
+    limits = (HIDDEN_STATES_ON_DEVICE_BYTES, REPLAYED_ON_DEVICE_BYTES)
+    kept = sum(min(size, limit) for size in (own, of_full) for limit in limits) if machine.on_gpu else 0
     width = max(max(linear.in_features, linear.out_features) for linear in shapes.linears)
     batch = min(max(batch_tokens(machine.device, width), calibration.longest), calibration.tokens)
     sums = _statistics_elements(together, one_by_one=recipe.quantize.true_sequential, asymmetric=asymmetric)
@@ -253,8 +253,8 @@ def _statistics_elements(
 
 
 def _factors(group: SolvedTogether) -> int:
-    """Elements of the copies of the Hessian that the solver makes beside the sum itself."""
-    return (SOLVER_COPIES - 1) * group.inputs**2
+    """Elements of the copy of the Hessian, or of the second sum in halves, that the solver makes beside the sums."""
+    return group.inputs**2
 
 
 def _packed_bytes(linears: Iterable[tuple[LinearShape, GPTQSettings]]) -> int:

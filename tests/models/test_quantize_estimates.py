@@ -51,9 +51,11 @@ def smollm2() -> ModelShapes:
     return model_shapes(skeleton(SMOLLM2))
 
 
-def test_time_of_a_7b_shape_follows_from_the_assumed_rates(llama_7b) -> None:
-    """0.6 s per layer of forwards and statistics, 0.24 s of solving: what the assumed rates of an H100 come to."""
-    assert estimate(llama_7b, 128, 2048)["quantize"].seconds == pytest.approx(32 * (0.6 + 0.24), rel=0.1)
+@pytest.mark.parametrize(("asymmetric_calibration", "measured"), [(0.0, 23.4), (0.5, 32.4)])
+def test_time_of_a_7b_shape_is_what_was_measured(llama_7b, asymmetric_calibration, measured) -> None:
+    """On an H100, by scripts/bench/gptq.py."""
+    found = estimate(llama_7b, 128, 2048, asymmetric_calibration=asymmetric_calibration)["quantize"]
+    assert found.seconds == pytest.approx(measured, rel=0.1)
 
 
 def test_time_of_smollm2_on_two_cores_is_that_of_its_solving_and_more(smollm2) -> None:
@@ -77,7 +79,7 @@ def test_the_widest_input_decides_the_memory_of_a_70b_shape() -> None:
     )
     quantize = estimate(model_shapes(skeleton(config)), 128, 2048)["quantize"]
     hessians = quantize.parts["statistics of inputs"] + quantize.parts["Hessian and its factors"]
-    assert hessians == 4 * 4 * 28672**2
+    assert hessians == 4 * 2 * 28672**2
     assert quantize.parts["weights being solved"] == 4 * 4 * 8192 * 28672, "down_proj alone; gate and up are narrower"
     assert quantize.device < 24e9
 
@@ -93,7 +95,7 @@ def test_asymmetric_calibration_costs_a_second_model(llama_7b) -> None:
     assert 1.1 * plain.seconds < asymmetric.seconds < 1.5 * plain.seconds
     for part in ("one layer", "statistics of inputs"):
         assert asymmetric.parts[part] == 2 * plain.parts[part]
-    assert asymmetric.parts["hidden states"] - plain.parts["hidden states"] == 2**16 * 4096 * 2
+    assert asymmetric.parts["hidden states"] - plain.parts["hidden states"] == 2 * 2**16 * 4096 * 2
 
 
 def test_linears_of_one_input_are_solved_as_one_where_their_settings_agree(llama_7b) -> None:
