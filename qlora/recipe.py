@@ -224,12 +224,12 @@ class Calibration(Section):
 class Refine(Section):
     """Tuning of what the checkpoint holds beside its codes, after GPTQ, towards the merged model's predictions."""
 
-    steps: PositiveInt = 40
+    steps: PositiveInt = 50
     """Optimizer steps."""
     tokens_per_step: PositiveInt = 8192
     """Tokens of a step, padding included."""
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    """Of the relative change of scales, at its peak."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-4
+    """Of the relative change of the scales of 4-bit weights, at its peak; twice that for every bit less."""
     norms: bool = True
     """Tune the weights of norms too."""
     norm_learning_rate: Annotated[float, Field(gt=0)] = 3e-4

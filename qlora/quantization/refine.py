@@ -55,11 +55,12 @@ REPORT_EVERY = 10
 class RefineSettings:
     """How a checkpoint is refined. Raises UserError for values that make no sense."""
 
-    steps: int = 40
+    steps: int = 50
     tokens_per_step: int = 8192
     """Padded tokens of a step; rows of similar length share one."""
-    learning_rate: float = 1e-3
-    """Of the relative change of scales, at its peak."""
+    learning_rate: float = 5e-4
+    """Of the relative change of the scales of 4-bit weights, at its peak; twice that for every bit less, since the
+    error that there is to make up for grows likewise."""
     norms: bool = True
     """Tune the weights of norms too."""
     norm_learning_rate: float = 3e-4
@@ -260,8 +261,12 @@ def _leave_model(skeleton: Skeleton, states: CalibrationStates, *, in_tuple: boo
 def train(student: Student, lessons: Sequence[Lesson], settings: RefineSettings, progress: Progress | None) -> int:
     """Tune the student's scales, and its norms where the settings say so. Returns the number of tokens that counted."""
     student.plan_memory(max((lesson.input_ids_BT for lesson in lessons), key=torch.numel))
-    scales = [linear.log_scale for linear in student.linears.values()]
-    groups: list[dict[str, Any]] = [{"params": scales, "lr": settings.learning_rate}]
+    scales: dict[int, list[torch.Tensor]] = {}
+    for linear in student.linears.values():
+        scales.setdefault(linear.weight.bits, []).append(linear.log_scale)
+    groups: list[dict[str, Any]] = [
+        {"params": members, "lr": settings.learning_rate * 2.0 ** (4 - bits)} for bits, members in scales.items()
+    ]
     if settings.norms:
         student.norms.train()
         groups.append({"params": [student.norms.epsilon], "lr": settings.norm_learning_rate})

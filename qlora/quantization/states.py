@@ -22,7 +22,7 @@ from qlora.quantization.skeleton import Skeleton
 
 # What stays on the GPU of the hidden states of one model, and of what is kept for one replayed part of a layer.
 HIDDEN_STATES_ON_DEVICE_BYTES = 2**31
-REPLAYED_ON_DEVICE_BYTES = 2**29
+REPLAYED_ON_DEVICE_BYTES = 2**30
 BATCHES_AHEAD = 2
 
 

@@ -134,14 +134,14 @@ def test_disk_follows_the_settings_of_each_module(llama_7b) -> None:
 def test_refinement_is_estimated_by_itself(llama_7b, smollm2) -> None:
     assert "refine" not in estimate(llama_7b, 128, 2048)
     refine = estimate(llama_7b, 128, 2048, refine={})["refine"]
-    eight_flops = 8 * (llama_7b.active + llama_7b.head) * 40 * 8192 / (0.5 * 989e12)
+    eight_flops = 8 * (llama_7b.active + llama_7b.head) * 50 * 8192 / (0.6 * 989e12)
     assert eight_flops < refine.seconds < 1.5 * eight_flops
     assert refine.parts["scales in training"] == 16 * llama_7b.active // 128
     assert refine.host > 128 * 2048 * 4096 * 2, "what the teacher said"
-    half = estimate(llama_7b, 128, 2048, refine={"steps": 20})["refine"]
+    half = estimate(llama_7b, 128, 2048, refine={"steps": 25})["refine"]
     assert half.seconds < 0.7 * refine.seconds and half.device == refine.device
     on_cpu = estimate(smollm2, 64, 256, TWO_CORES, group_size=64, refine={})["refine"]
-    assert on_cpu.seconds == pytest.approx(40 * 8192 * 7.5e-3 / 2, rel=0.05)
+    assert on_cpu.seconds == pytest.approx(50 * 8192 * 7.5e-3 / 2, rel=0.05)
     assert on_cpu.parts["scales in training"] == 16 * smollm2.active // 64
 
 

@@ -19,7 +19,7 @@ from qlora.models.gptq_format import pack_rows
 from qlora.models.loading import load_gptq, load_plain
 from qlora.quantization import GPTQSettings, quantize_checkpoint
 from qlora.quantization.calibration import make_batches
-from qlora.quantization.refine import RefineSettings, compare, refine_checkpoint, teach
+from qlora.quantization.refine import RefineSettings, compare, refine_checkpoint, teach, train
 from qlora.quantization.skeleton import Skeleton
 from qlora.quantization.student import QuantizedLinear, Student
 
@@ -104,6 +104,22 @@ def test_kernels_follow_their_formulas_in_float64(bits):
     grad = torch.randn(96, 64, dtype=torch.float64)
     expected = (scales * steps * grad).unflatten(0, (3, 32)).sum(1)
     torch.testing.assert_close(log_scale_gradient(weight, log_scale.double(), grad), expected)
+
+
+def test_scales_of_fewer_bits_move_further(save_model, output_dir, rows):
+    source = CheckpointReader(save_model("llama"))
+    settings = GPTQSettings(bits=4, group_size=32, modules={"mlp\\.down_proj": {"bits": 2}})
+    quantize_checkpoint(source, output_dir, rows, settings, device="cpu")
+    build = partial(Skeleton, **OPTIONS)
+    student = Student(build(source), output_dir, "cpu")
+    lessons = teach(build, source, make_batches(rows, 256, 160, "cpu"), "cpu")
+    train(student, lessons, RefineSettings(steps=1, learning_rate=1e-3), None)
+    # Adam's first step is as long as the learning rate wherever there is a gradient.
+    moved = {name: linear.log_scale.detach().abs() for name, linear in student.linears.items()}
+    for name, change in moved.items():
+        expected = 4e-3 if "down_proj" in name else 1e-3
+        torch.testing.assert_close(change[change > 0], torch.full_like(change[change > 0], expected), rtol=0.01, atol=0)
+        assert (change > 0).double().mean() > 0.9
 
 
 @pytest.mark.gpu
