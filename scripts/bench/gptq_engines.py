@@ -51,7 +51,7 @@ class Job:
     dense: bool = False
     """Write llmcompressor's result once more as plain 16-bit weights, `<output>-dense`, for measuring; not timed."""
     refine: bool = False
-    """Refine our result with the defaults; timed apart."""
+    """Refine our last result with the defaults; timed apart."""
     options: dict[str, Any] = field(default_factory=dict)
     """Further settings of the engine: fields of GPTQSettings, of gptqmodel's QuantizeConfig, of GPTQModifier."""
 
@@ -89,14 +89,14 @@ def main() -> None:
     job = Job(**read_json(Path(sys.argv[1])))
     rows = json.loads(Path(job.rows).read_text())
     output, runs = Path(job.output), []
-    for _ in range(job.repeat):
+    for repetition in range(1, job.repeat + 1):
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
         with measured() as cost:
             parts = ENGINES[job.engine](job, rows)
         runs.append(parts | asdict(cost) | {"gpu_reserved_gib": reserved_gib()})
         release()
-        if job.refine:
+        if job.refine and repetition == job.repeat:
             with measured() as cost:
                 report = refine(job, rows)
             runs[-1]["refine"] = report | asdict(cost)
