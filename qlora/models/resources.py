@@ -38,7 +38,7 @@ class Rate:
 TRAINING = Rate(0.35, 60e9)
 # Forwards of one layer in 16 bits in large batches, and sums of x·xᵀ.
 STREAMING = Rate(0.43, 144e9)
-# Refinement; 0.65 was measured at 7B with nothing computed again. On a CPU with bf16 products.
+# Refinement with nothing computed again; assumed. On a CPU with bf16 products.
 REFINING = Rate(0.6, 144e9)
 
 

@@ -71,8 +71,8 @@ def solve(
         order_K = torch.argsort(diagonal_K, descending=True, stable=True)
     backwards_K = order_K.flip(0)
 
-    # Square matrices of a wide layer are gigabytes. Those that the caller has no more use for are freed by each `del`:
-    # at no time are there more than two beside it, or one in halves.
+    # Square matrices of a wide layer are gigabytes. Where the caller holds none, each `del` frees one: while D is
+    # multiplied there are H, D and D in halves, from then on never more than two.
     pull_KX = None
     if drift_KK is not None and settings.asymmetric_calibration:
         # W* − W = W·D·H⁻¹ needs a solution for W·D or for D: for the narrower.
