@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -13,6 +14,10 @@ import click
 
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 RECIPE = click.argument("recipe", metavar="RECIPE")
+
+# GPU memory in segments that grow, instead of pieces which later fit nothing: an eighth less is reserved. Read by torch
+# when it is imported; what the user sets comes first.
+ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -135,6 +140,8 @@ def main() -> None:
     """Run a command and end with its exit code (see qlora.errors)."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, _interrupt)
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.update(ALLOCATOR | os.environ)
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries log goes to the run's log file only
     logging.captureWarnings(True)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's deprecations, printed by torch itself

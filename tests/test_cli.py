@@ -151,3 +151,21 @@ def test_version():
 
     assert __version__ in qlora("--version").stdout
     assert Path(__file__).parents[1].joinpath("LICENSE").read_text().lstrip().startswith("Apache License")
+
+
+@pytest.mark.parametrize(
+    ("set_by_user", "expected"),
+    [
+        ({}, "expandable_segments:True"),
+        ({"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64"),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, "None"),
+    ],
+)
+def test_the_allocator_is_set_before_torch_is_imported_unless_the_user_did(set_by_user, expected):
+    code = (
+        "import atexit, os, sys; from qlora.cli import main; sys.argv[1:] = ['--version'];"
+        "atexit.register(lambda: print('torch' in sys.modules, os.environ.get('PYTORCH_ALLOC_CONF'))); main()"
+    )
+    environment = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key} | set_by_user
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"False {expected}"

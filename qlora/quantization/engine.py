@@ -70,7 +70,8 @@ def batch_tokens(device: str, widest: int) -> int:
     """Padded tokens per forward for a model whose widest linear has `widest` inputs or outputs."""
     if torch.device(device).type == "cpu":
         return CPU_BATCH_TOKENS
-    return max(2048, min(MOST_BATCH_TOKENS, WIDEST_ACTIVATION_BYTES // (2 * widest)))
+    # Each batch goes over sums of widest × widest: of fewer tokens that would take longer than multiplying them.
+    return max(2048, widest // 3, min(MOST_BATCH_TOKENS, WIDEST_ACTIVATION_BYTES // (2 * widest)))
 
 
 def quantize_checkpoint(

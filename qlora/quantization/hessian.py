@@ -46,7 +46,9 @@ class InputStatistics:
         if self._drift_KK is not None and full_TK is not None:
             self._drift_weight += weight
             # The difference of two bf16 numbers that are close is exact, or rounded far below what it corrects.
-            _add_product(self._drift_KK, full_TK - x_TK, x_TK)
+            difference_TK = full_TK - x_TK
+            for start, stop in self._blocks:
+                _add_product(self._drift_KK[start:stop], difference_TK[:, start:stop], x_TK)
 
     def hessian(self, *, keep: bool = False) -> torch.Tensor:
         """H [K, K] per unit of weight, symmetric. RuntimeError when nothing was added.

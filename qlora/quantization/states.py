@@ -174,7 +174,7 @@ class CalibrationStates:
 class Replay:
     """Stands in for the forward of a part of a layer that ends in a linear, once that linear's inputs are final.
 
-    They are kept, and nothing before them is computed again.
+    They are kept, and nothing before them is computed again; from the first replay on their place is the output's.
     """
 
     def __init__(
@@ -183,17 +183,18 @@ class Replay:
         linear: nn.Module,
         behind: tuple[None, ...] | None,
         states: CalibrationStates,
-        inputs: BatchTensors,
+        kept: BatchTensors,
     ) -> None:
         self._part, self._linear, self._behind = part, linear, behind
         self._replaced: Any = vars(part).get("forward")
         self._states = states
-        self._inputs = inputs
+        self._kept = kept
         self._started = False
+        self._replayed: set[int] = set()
 
     def keep(self, x: torch.Tensor) -> None:
         """Take the linear's input for the batch that runs; it must not change any more."""
-        self._inputs.put(self._states.running, x)
+        self._kept.put(self._states.running, x)
 
     def start(self) -> None:
         """From now on take the part's place. The input of every batch was kept."""
@@ -202,7 +203,7 @@ class Replay:
 
     def prefetch(self, batch: int) -> None:
         if self._started:
-            self._inputs.prefetch(batch)
+            self._kept.prefetch(batch)
 
     def end(self) -> None:
         """Give the part its own forward back."""
@@ -212,7 +213,12 @@ class Replay:
             self._part.forward = self._replaced
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
-        output = self._linear(self._inputs.get(self._states.running))
+        batch = self._states.running
+        output = self._kept.get(batch)
+        if batch not in self._replayed:
+            output = self._linear(output)
+            self._kept.put(batch, output)
+            self._replayed.add(batch)
         return output if self._behind is None else (output, *self._behind)
 
 

@@ -153,7 +153,10 @@ def _useful(endings: Mapping[str, Ending], stages: Sequence[Sequence[InputGroup]
 
 @contextmanager
 def _watching_endings(layer: nn.Module, linears: Mapping[str, Linear], endings: dict[str, Ending]) -> Iterator[None]:
-    """Note in `endings` which parts of the layer return what one of the linears in them returned, and unchanged."""
+    """Note in `endings` which parts of the layer return what one of the linears in them returned.
+
+    Unchanged, that is, by the part and by what the layer does with it.
+    """
     outputs: dict[str, tuple[torch.Tensor, int]] = {}
 
     def linear_ran(name: str, output: torch.Tensor) -> None:
@@ -178,6 +181,9 @@ def _watching_endings(layer: nn.Module, linears: Mapping[str, Linear], endings: 
     finally:
         for handle in handles:
             handle.remove()
+        for name, (tensor, version) in outputs.items():
+            if tensor._version != version:
+                endings.pop(name, None)
 
 
 def collect_statistics(

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.artifacts import read_json, write_json
+from qlora.cli import ALLOCATOR
 from qlora.measure import GIB, measured
 
 PACKAGES = {"ours": "qlora", "gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor"}
@@ -50,6 +51,8 @@ class Job:
     """Repetitions in the same process; the first one of a machine also builds kernels."""
     dense: bool = False
     """Write llmcompressor's result once more as plain 16-bit weights, `<output>-dense`, for measuring; not timed."""
+    gpu_memory: float | None = None
+    """GiB of GPU memory that torch may take, for a smaller GPU than there is."""
     refine: bool = False
     """Refine our last result with the defaults; timed apart."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +73,8 @@ def run_job(job: Job, folder: Path, name: str, python: str = sys.executable, tim
     environment = dict(os.environ)
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
     environment.setdefault("HF_HUB_OFFLINE", "1")
+    if job.engine == "ours":
+        environment = ALLOCATOR | environment  # as our commands have it
     if (os.cpu_count() or 1) < 4:
         environment.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # gptqmodel 7.6 starts none on two cores and then fails
     with log.open("w", encoding="utf-8") as file:
@@ -89,6 +94,8 @@ def main() -> None:
     job = Job(**read_json(Path(sys.argv[1])))
     rows = json.loads(Path(job.rows).read_text())
     output, runs = Path(job.output), []
+    if job.gpu_memory:
+        limit_gpu(job.gpu_memory)
     for repetition in range(1, job.repeat + 1):
         shutil.rmtree(output, ignore_errors=True)
         output.mkdir(parents=True)
@@ -237,6 +244,12 @@ def reserved_gib() -> float | None:
     import torch
 
     return round(torch.cuda.max_memory_reserved() / GIB, 3) if torch.cuda.is_available() else None
+
+
+def limit_gpu(gib: float) -> None:
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(gib * GIB / torch.cuda.get_device_properties(0).total_memory)
 
 
 def release() -> None:

@@ -88,8 +88,9 @@ def test_a_block_is_that_of_the_twin(inputs, outputs, tokens):
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("tokens", [4096, 60])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_solutions_are_as_good_as_in_float64(bits, tokens, act_order):
-    w_NK, hessian = problem(384, 160, tokens=tokens)
+@pytest.mark.parametrize("inputs", [384, 2304])
+def test_solutions_are_as_good_as_in_float64(inputs, bits, tokens, act_order):
+    w_NK, hessian = problem(inputs, 160, tokens=tokens)
     settings = GPTQSettings(bits=bits, group_size=64, act_order=act_order)
     losses = []
     for dtype in (torch.float64, torch.float32):
@@ -98,4 +99,5 @@ def test_solutions_are_as_good_as_in_float64(bits, tokens, act_order):
         codes_KN = solution.codes_KN.double() - solution.grid.zeros_GN.double()[group]
         quantized_NK = (codes_KN * solution.grid.scales_GN.double()[group]).T
         losses.append(output_error(quantized_NK - w_NK, hessian).sum())
-    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01)
+    # Where tokens do not determine the weights, one code that rounds the other way moves many after it.
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01 if tokens > inputs else 0.03)

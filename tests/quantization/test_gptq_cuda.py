@@ -38,13 +38,15 @@ def test_codes_are_those_of_the_cpu(bits, sym):
     assert (on_cpu.codes_KN == on_gpu.codes_KN.cpu()).double().mean() > 0.999
 
 
-@pytest.mark.parametrize("outputs", [64, 400])
-def test_corrections_are_as_good_as_in_float64(outputs):
+@pytest.mark.parametrize(("inputs", "outputs"), [(256, 64), (256, 400), (2304, 64), (2304, 2400)])
+def test_corrections_are_as_good_as_in_float64(inputs, outputs):
     generator = torch.Generator().manual_seed(0)
-    full_TK = torch.randn(2000, 256, generator=generator).double() @ torch.randn(256, 256, generator=generator).double()
+    tokens = 8 * inputs
+    mix = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    full_TK = torch.randn(tokens, inputs, generator=generator, dtype=torch.float64) @ mix
     x_TK = full_TK + 0.1 * full_TK.roll(1, dims=1)
-    w_NK = torch.randn(outputs, 256, generator=generator, dtype=torch.float64)
-    hessian, drift = x_TK.T @ x_TK / 2000, (full_TK - x_TK).T @ x_TK / 2000
+    w_NK = torch.randn(outputs, inputs, generator=generator, dtype=torch.float64)
+    hessian, drift = x_TK.T @ x_TK / tokens, (full_TK - x_TK).T @ x_TK / tokens
     settings = GPTQSettings(group_size=64, asymmetric_calibration=1.0)
     errors = []
     for dtype, device in ((torch.float64, "cpu"), (torch.float32, "cuda")):

@@ -6,7 +6,15 @@ import torch
 from qlora.models.gptq_format import SUPPORTED_BITS, dequantize, pack
 from qlora.quantization.hessian import InputStatistics
 from qlora.quantization.settings import GPTQSettings
-from qlora.quantization.solver import HessianError, factorise, feedback, quantize_columns, solve
+from qlora.quantization.solver import (
+    SOLVED_ROWS,
+    HessianError,
+    cholesky_solve,
+    factorise,
+    feedback,
+    quantize_columns,
+    solve,
+)
 
 INPUTS, OUTPUTS = 96, 32
 
@@ -181,6 +189,15 @@ def test_the_factor_is_that_of_the_damped_hessian():
     r_KK = (feedback_KK * cost_K.sqrt()[:, None]).T
     torch.testing.assert_close(r_KK @ r_KK.T, damped.flip(0, 1))
     assert torch.equal(feedback_KK.triu(1), torch.zeros(INPUTS, INPUTS, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("inputs", [5, SOLVED_ROWS, 2 * SOLVED_ROWS + 100])
+def test_systems_are_solved_by_blocks(inputs):
+    generator = torch.Generator().manual_seed(0)
+    x_TK = torch.randn(2 * inputs, inputs, generator=generator, dtype=torch.float64)
+    hessian, right_KX = x_TK.T @ x_TK, torch.randn(inputs, 7, generator=generator, dtype=torch.float64)
+    found = cholesky_solve(right_KX.clone(), torch.linalg.cholesky(hessian))
+    torch.testing.assert_close(hessian @ found, right_KX)
 
 
 def test_ill_conditioned_hessians_are_solved_in_double_precision_before_more_damping():
