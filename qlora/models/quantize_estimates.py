@@ -44,10 +44,9 @@ from qlora.recipe import Recipe
 
 # Linears under one parent that read one input, and are solved as one weight.
 SHARED_INPUT = (*FUSED_MODULES.values(), ("w1", "w3"))
-# Forwards of a layer, one input after the other or all in one pass: the quantized layer up to each of its inputs and
-# once more to its end, its attention only once; and the full one up to each and, with the last, to its end.
-FORWARDS = {True: 1.6, False: 1.8}
-FORWARDS_OF_FULL_MODEL = {True: 1.1, False: 1.0}
+# Forwards of a quantized layer, one input after the other or all in one pass: up to each of its inputs and once more to
+# its end, its attention only once. The full one goes to its end with the last of them, and computes nothing twice.
+FORWARDS = {True: 1.45, False: 1.8}
 STATISTICS_FLOPS = 1.25
 SOLVER_COPIES = 4
 ACTIVATION_COPIES = 4
@@ -55,9 +54,10 @@ ACTIVATION_COPIES = 4
 # Solving on an H100; other GPUs in proportion to their peak. A Cholesky factor takes K²·9.1e-11 + K³·5.5e-15 s.
 H100_PEAK = 989e12
 CHOLESKY_SECONDS = (9.1e-11, 5.5e-15)
-UPDATE_FLOPS = 30e12  # errors of a block, fed forward in fp32
+UPDATE_FLOPS = 80e12  # products of bf16 halves, and what of them is in fp32
 COLUMN_SECONDS = 1e-6  # a step of the column kernel, whatever the GPU
-PACKING_RATE = 1.7e9  # weights/s; with choosing grids and reordering
+PACKING_RATE = 4.1e9  # weights/s; with choosing grids and reordering
+STARTING_SECONDS = 5.0  # on a GPU: its libraries and kernels are loaded, the first layer is read, the last one written
 CPU_SOLVING_RATE = 4e6  # weights/s and core
 
 SCALE_BYTES = 16  # in refinement: its change, the gradient and Adam's two moments, in fp32
@@ -130,11 +130,12 @@ def estimate_quantize(
     batch = min(max(batch_tokens(machine.device, width), calibration.longest), calibration.tokens)
     sums = _statistics_elements(together, one_by_one=recipe.quantize.true_sequential, asymmetric=asymmetric)
     # One input after the other is solved: what counts is the one that needs most.
-    worst = max(together, key=lambda group: sums[group] + _factors(group) + SOLVER_COPIES * group.parameters)
+    factors = {group: _factors(group, asymmetric=asymmetric) for group in together}
+    worst = max(together, key=lambda group: sums[group] + factors[group] + SOLVER_COPIES * group.parameters)
     parts = {
         "one layer": models * itemsize * shapes.largest_layer,
         "statistics of inputs": 4 * sums[worst],
-        "Hessian and its factors": 4 * _factors(worst),
+        "Hessian and its factors": 4 * factors[worst],
         "weights being solved": 4 * SOLVER_COPIES * worst.parameters,
         "activations of a batch": ACTIVATION_COPIES * itemsize * batch * shapes.feed_forward_size,
         **({"hidden states": kept} if machine.on_gpu else {}),
@@ -212,9 +213,7 @@ def _quantize_seconds(
     section, tokens = recipe.quantize, work.calibration.tokens
     asymmetric = section.asymmetric_calibration > 0
     seen_by_full = min(tokens, FULL_MODEL_TOKENS) if asymmetric else 0
-    forwards = (
-        FORWARDS[section.true_sequential] * tokens + FORWARDS_OF_FULL_MODEL[section.true_sequential] * seen_by_full
-    )
+    forwards = FORWARDS[section.true_sequential] * tokens + seen_by_full
     flops = forwards * layers_flops(shapes, work.calibration.longest)
     for group in together:
         # How far inputs have drifted is a second sum, and not symmetric.
@@ -225,7 +224,7 @@ def _quantize_seconds(
         return None
     if not machine.on_gpu:
         return streaming + _parameters(_all(together)) / (CPU_SOLVING_RATE * machine.cores)
-    return streaming + _solving_seconds(together, machine, asymmetric=asymmetric)
+    return STARTING_SECONDS + streaming + _solving_seconds(together, machine, asymmetric=asymmetric)
 
 
 def _solving_seconds(together: list[SolvedTogether], machine: Machine, *, asymmetric: bool) -> float:
@@ -253,9 +252,9 @@ def _statistics_elements(
     return {group: sums[key] for group, key in keys.items()}
 
 
-def _factors(group: SolvedTogether) -> int:
-    """Elements of the copy of the Hessian, or of the second sum in halves, that the solver makes beside the sums."""
-    return group.inputs**2
+def _factors(group: SolvedTogether, *, asymmetric: bool) -> int:
+    """Elements of the copy of the Hessian that the solver makes; where there is a second sum, in its place."""
+    return 0 if asymmetric and not group.routed else group.inputs**2
 
 
 def _packed_bytes(linears: Iterable[tuple[LinearShape, GPTQSettings]]) -> int:

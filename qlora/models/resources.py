@@ -37,7 +37,7 @@ class Rate:
 # tokens/s on two AVX-512 cores.
 TRAINING = Rate(0.35, 60e9)
 # Forwards of one layer in 16 bits in large batches, and sums of x·xᵀ.
-STREAMING = Rate(0.43, 144e9)
+STREAMING = Rate(0.5, 144e9)
 # Refinement with nothing computed again; assumed. On a CPU with bf16 products.
 REFINING = Rate(0.6, 144e9)
 

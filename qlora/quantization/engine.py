@@ -5,6 +5,15 @@ the linears of one input as one stacked weight; write the packed tensors; let th
 packed tensors stand for, so that what follows is calibrated on what will be served. The next layer is read and the last
 one written meanwhile. Device memory holds one layer (two with asymmetric calibration), statistics of its inputs, a few
 batches of activations and a bounded part of the hidden states, however many calibration rows there are.
+
+Time of a Llama-7B shape, 128 rows of 2,048 tokens, on an H100 (README), against its floor: the FLOPs of the part at 989
+TFLOP/s for products of 16-bit numbers (three of them for one of fp32), 67 for the rest.
+
+    forwards, statistics   16.2 s   8.3 s   linears 5.8e15 FLOPs (0.9e15 of the full model, a quarter of the rows),
+                                            attention 0.1e15, H 1.7e15 (a little over half of K²), D 0.7e15
+    solving                 4.8 s   1.5 s   Cholesky 0.25, products 0.4, and 745,000 columns at about 1 µs one by one
+    packing                 0.5 s   0.1 s   memory; small kernels
+    waiting for the disk    3.0 s           first layer in, last layer and embeddings out, from the page cache
 """
 
 from __future__ import annotations

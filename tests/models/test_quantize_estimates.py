@@ -51,7 +51,7 @@ def smollm2() -> ModelShapes:
     return model_shapes(skeleton(SMOLLM2))
 
 
-@pytest.mark.parametrize(("asymmetric_calibration", "measured"), [(0.0, 23.4), (0.5, 32.4)])
+@pytest.mark.parametrize(("asymmetric_calibration", "measured"), [(0.0, 24.6), (0.5, 25.5)])
 def test_time_of_a_7b_shape_is_what_was_measured(llama_7b, asymmetric_calibration, measured) -> None:
     """On an H100, by scripts/bench/gptq.py: scripts/bench/results/gptq-llama-2-7b-h100*.json."""
     found = estimate(llama_7b, 128, 2048, asymmetric_calibration=asymmetric_calibration)["quantize"]
