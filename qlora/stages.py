@@ -161,6 +161,7 @@ def merged_source(run: Run) -> TensorSource:
     )
 
 
+QUANTIZED_NAME = "quantized.json"
 REFINEMENT_DOES_NOT_FIT = (
     "refinement was left out, it does not fit in the GPU's memory: lower quantize.refine.tokens_per_step, or set "
     "quantize.refine: null"
@@ -182,16 +183,23 @@ def quantize(run: Run, fingerprint: str, output: Path | None, progress: Progress
         "attn_implementation": run.recipe.model.attn_implementation,
         "trust_remote_code": run.recipe.model.trust_remote_code,
     }
-    report = _quantizer(section)(source, output, rows, GPTQSettings.from_recipe(section), **options)
-    _release_memory()
-    metrics = asdict(report) | {"calibration_rows": report.rows, "calibration_tokens": report.tokens}
+    # There while the checkpoint is what GPTQ made of it: an interrupted refinement begins again behind GPTQ.
+    quantized = output / QUANTIZED_NAME
+    if quantized.is_file():
+        metrics = read_json(quantized)
+    else:
+        report = _quantizer(section)(source, output, rows, GPTQSettings.from_recipe(section), **options)
+        _release_memory()
+        metrics = asdict(report) | {"calibration_rows": report.rows, "calibration_tokens": report.tokens}
     if section.refine is not None:
+        write_json(quantized, metrics)
         try:
-            metrics["refine"] = _refine(run, source, output, rows, options)
+            metrics["refine"] = _refine(run, source, output, rows, options | {"before_writing": quantized.unlink})
         except torch.OutOfMemoryError:
             # The checkpoint is complete, and refinement writes only at its end: hours of work need not be lost.
             metrics["warnings"] = [*metrics["warnings"], REFINEMENT_DOES_NOT_FIT]
             _release_memory()
+        quantized.unlink(missing_ok=True)
     return metrics
 
 

@@ -284,23 +284,30 @@ def test_refinement_follows_gptq_and_needs_no_merged_weights(tiny_recipe, refine
     assert direct["gptq/model.safetensors"] == refined["gptq/model.safetensors"]
 
 
-def test_kill_9_in_refinement_then_run_again_ends_with_the_same_bytes(finished, refine, tmp_path):
+@pytest.mark.parametrize("writing", [False, True])
+def test_kill_9_in_refinement_then_run_again_ends_with_the_same_bytes(finished, refine, writing, tmp_path):
     path, whole, _ = finished
     uninterrupted, run_dir = (copy_before("quantize", whole, tmp_path / name) for name in ("uninterrupted", "killed"))
     run(path, *refine, f"output_dir={uninterrupted.parent}")
     partial = run_dir / "gptq.partial"
 
     def is_refining() -> bool:
-        return (partial / "quantize_config.json").exists() and not (partial / "progress.jsonl").exists()
+        return (partial / "quantized.json").exists()
 
     kill_when(is_refining, "quantize", path, f"output_dir={run_dir.parent}", *refine)
-    file = partial / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1000:] = bytes(1000)  # as if it had been writing
-    file.write_bytes(content)
+    gptq = read_json(partial / "quantized.json")["timings"]
+    if writing:  # as if the kill had come then
+        (partial / "quantized.json").unlink()
+        file = partial / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-1000:] = bytes(1000)
+        file.write_bytes(content)
     run(path, *refine, f"output_dir={run_dir.parent}")
     assert weights(run_dir) == weights(uninterrupted)
-    assert read_json(run_dir / "lineage.json")["stages"]["quantize"]["metrics"]["refine"]["kept"]
+    metrics = read_json(run_dir / "lineage.json")["stages"]["quantize"]["metrics"]
+    assert metrics["refine"]["kept"]
+    assert (metrics["timings"] == gptq) == (not writing), "GPTQ is not done again"
+    assert not (run_dir / "gptq" / "quantized.json").exists()
 
 
 def test_the_ladder_names_refinement_and_every_fallback(tiny_recipe, capsys):

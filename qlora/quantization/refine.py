@@ -119,6 +119,7 @@ def refine_checkpoint(
     device: str,
     held_back: Sequence[CalibrationRow] = (),
     progress: Progress | None = None,
+    before_writing: Callable[[], None] = lambda: None,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
 ) -> RefineReport:
@@ -126,9 +127,9 @@ def refine_checkpoint(
 
     held_back: rows that decide whether the result is kept. Best are rows that GPTQ has not seen either: on those that
     it was calibrated on, it looks better than it is. Without any, `settings.held_out` of `rows` are held back.
-    `progress(done, steps, text)` is called every few steps. The device holds the packed student, the activations of one
-    step (recomputed where they would not fit) and 16 bytes per scale. Raises UserError when the checkpoint is not one
-    of `source`, or when there are too few rows to hold some back.
+    `progress(done, steps, text)` is called every few steps, `before_writing()` before files change. The device holds
+    the packed student, the activations of one step (recomputed where they would not fit) and 16 bytes per scale. Raises
+    UserError when the checkpoint is not one of `source`, or when there are too few rows to hold some back.
     """
     started = time.perf_counter()
     build = partial(Skeleton, attn_implementation=attn_implementation, trust_remote_code=trust_remote_code)
@@ -152,6 +153,7 @@ def refine_checkpoint(
     after = examine(student, exam)
     kept = after < before
     if kept:
+        before_writing()
         tensors = {f"{name}scales": linear.stored_scales() for name, linear in student.linears.items()}
         overwrite_tensors(gptq_dir, tensors | (student.norms.stored() if settings.norms else {}))
     return RefineReport(
