@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,7 @@ import click
 OVERRIDES = click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
 RECIPE = click.argument("recipe", metavar="RECIPE")
 
-# GPU memory in segments that grow, instead of pieces which later fit nothing: an eighth less is reserved. Read by torch
-# when it is imported; what the user sets comes first.
+# GPU memory in segments that grow, instead of pieces which later fit nothing. Read by torch when it is imported.
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
@@ -140,13 +139,17 @@ def main() -> None:
     """Run a command and end with its exit code (see qlora.errors)."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, _interrupt)
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
-        os.environ.update(ALLOCATOR | os.environ)
+    os.environ.update(with_allocator(os.environ))
     logging.getLogger().addHandler(logging.NullHandler())  # what libraries log goes to the run's log file only
     logging.captureWarnings(True)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao's deprecations, printed by torch itself
     logging.raiseExceptions = False  # a log that cannot be written must not hide the error that is shown
     sys.exit(_exit_code(lambda: qlora.main(standalone_mode=False)))
+
+
+def with_allocator(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment with our setting of torch's allocator, unless it has one under either of its names."""
+    return dict(environment) if "PYTORCH_CUDA_ALLOC_CONF" in environment else ALLOCATOR | dict(environment)
 
 
 def _interrupt(number: int, frame: Any) -> None:

@@ -5,15 +5,16 @@ that are calibrated together (K×K in fp32 each), one more of the one that is so
 it, one batch, and hidden states, of which a GPU holds so much and no more. With T calibration tokens, K inputs and N
 outputs of linears that share an input, and F FLOPs per token of a layer's linears and attention:
 
-    forwards     1.6·F·T, since each input is calibrated behind quantized linears
+    forwards     1.45·F·T, since each input is calibrated behind quantized linears
     statistics   1.25·K²·T: 2·K²·T, of which symmetry saves 3/8 or so
     solving      a Cholesky factor, N·K² for the errors, and a step per column
 
-Asymmetric calibration adds 1.1·F·T for the full model, and for all inputs but those of experts 2·K²·T for a second sum,
+Asymmetric calibration adds F·T for the full model, and for all inputs but those of experts 2·K²·T for a second sum,
 with T the part of the calibration tokens that the full model sees; and 4·N·K² for what it changes.
 
 The rates below are assumptions; with them, the times of a 7B shape on an H100 come within a tenth of those that
-`scripts/bench/gptq.py` measured (scripts/bench/results/gptq-llama-2-7b-h100*.json).
+`scripts/bench/gptq.py` measured: of the second run in its process with asymmetric calibration, whose first took 31 s,
+and of the first without (scripts/bench/results/gptq-llama-2-7b-h100*.json).
 """
 
 from __future__ import annotations
@@ -253,8 +254,10 @@ def _statistics_elements(
 
 
 def _factors(group: SolvedTogether, *, asymmetric: bool) -> int:
-    """Elements of the copy of the Hessian that the solver makes; where there is a second sum, in its place."""
-    return 0 if asymmetric and not group.routed else group.inputs**2
+    """Elements of what the solver makes beside the sums: a copy of the Hessian, which takes the place of a second sum
+    where there is one, unless that is solved for itself."""
+    narrow = group.parameters < group.inputs**2
+    return 0 if asymmetric and narrow and not group.routed else group.inputs**2
 
 
 def _packed_bytes(linears: Iterable[tuple[LinearShape, GPTQSettings]]) -> int:

@@ -78,8 +78,8 @@ def solve(
         order_K = torch.argsort(diagonal_K, descending=True, stable=True)
     backwards_K = order_K.flip(0)
 
-    # Square matrices of a wide layer are gigabytes. Where the caller holds none, each `del` frees one, and there are
-    # never more than two.
+    # Square matrices of a wide layer are gigabytes. Where the caller holds none, each `del` frees one: there are never
+    # more than two, and for weights of as many outputs as inputs, which want a solution for D, three.
     pull_KX = None
     if drift_KK is not None and settings.asymmetric_calibration:
         # W* − W = W·D·H⁻¹ needs a solution for W·D or for D: for the narrower.

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.artifacts import read_json, write_json
-from qlora.cli import ALLOCATOR
+from qlora.cli import with_allocator
 from qlora.measure import GIB, measured
 
 PACKAGES = {"ours": "qlora", "gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor"}
@@ -74,7 +74,7 @@ def run_job(job: Job, folder: Path, name: str, python: str = sys.executable, tim
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
     environment.setdefault("HF_HUB_OFFLINE", "1")
     if job.engine == "ours":
-        environment = ALLOCATOR | environment  # as our commands have it
+        environment = with_allocator(environment)  # as our commands have it
     if (os.cpu_count() or 1) < 4:
         environment.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # gptqmodel 7.6 starts none on two cores and then fails
     with log.open("w", encoding="utf-8") as file:

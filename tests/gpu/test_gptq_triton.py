@@ -86,10 +86,12 @@ def test_a_block_is_that_of_the_twin(inputs, outputs, tokens):
 
 
 @pytest.mark.parametrize("act_order", [True, False])
-@pytest.mark.parametrize("tokens", [4096, 60])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("inputs", [384, 2304])
-def test_solutions_are_as_good_as_in_float64(inputs, bits, tokens, act_order):
+# Where few tokens leave thousands of weights undetermined, one code that rounds the other way moves many after it.
+@pytest.mark.parametrize(
+    ("inputs", "tokens", "tolerance"), [(384, 4096, 0.01), (384, 60, 0.01), (2304, 4096, 0.01), (2304, 60, 0.03)]
+)
+def test_solutions_are_as_good_as_in_float64(inputs, tokens, tolerance, bits, act_order):
     w_NK, hessian = problem(inputs, 160, tokens=tokens)
     settings = GPTQSettings(bits=bits, group_size=64, act_order=act_order)
     losses = []
@@ -99,5 +101,4 @@ def test_solutions_are_as_good_as_in_float64(inputs, bits, tokens, act_order):
         codes_KN = solution.codes_KN.double() - solution.grid.zeros_GN.double()[group]
         quantized_NK = (codes_KN * solution.grid.scales_GN.double()[group]).T
         losses.append(output_error(quantized_NK - w_NK, hessian).sum())
-    # Where tokens do not determine the weights, one code that rounds the other way moves many after it.
-    assert losses[1].item() == pytest.approx(losses[0].item(), rel=0.01 if tokens > inputs else 0.03)
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=tolerance)
