@@ -17,15 +17,9 @@ from typing import Any
 import torch
 
 from qlora.merging.source import MergeBase, MergedSource
-from qlora.models.checkpoint import (
-    DEFAULT_SHARD_BYTES,
-    TEMPLATE_FOLDER,
-    CheckpointWriter,
-    copy_side_files,
-    edit_config,
-    total_bytes,
-)
+from qlora.models.checkpoint import DEFAULT_SHARD_BYTES, CheckpointWriter, total_bytes
 from qlora.models.provenance import dtype_name
+from qlora.models.side_files import TEMPLATE_FOLDER, copy_side_files, edit_config
 
 Progress = Callable[[int, int, str], None]
 

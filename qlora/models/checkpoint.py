@@ -43,9 +43,6 @@ DTYPES = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-WEIGHT_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx"}
-TEMPLATE_FOLDER = "additional_chat_templates"
-
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -175,8 +172,7 @@ class CheckpointWriter:
         found = TensorSpec(tensor.dtype, tuple(tensor.shape))
         if found != location.spec:
             raise ValueError(f"{name}: planned {location.spec}, got {found}")
-        data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-        _write_at(self._descriptors[location.file], data.numpy().data, location.offset)
+        _write_at(self._descriptors[location.file], _bytes_of(tensor), location.offset)
         self._missing.remove(name)
 
     def close(self) -> None:
@@ -257,46 +253,12 @@ def overwrite_tensors(directory: Path, tensors: Mapping[str, torch.Tensor]) -> N
     descriptors = {file: os.open(file, os.O_WRONLY) for file in {locations[name].file for name in tensors}}
     try:
         for name, tensor in tensors.items():
-            data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-            _write_at(descriptors[locations[name].file], data.numpy().data, locations[name].offset)
+            _write_at(descriptors[locations[name].file], _bytes_of(tensor), locations[name].offset)
         for descriptor in descriptors.values():
             os.fsync(descriptor)
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)
-
-
-def copy_side_files(source: Path, destination: Path, *, drop_quantization_config: bool = False) -> None:
-    """Copy what a checkpoint needs beside its weights: configuration, tokenizer, chat templates, custom code, licence.
-
-    Files of the same name are replaced. `drop_quantization_config` removes that key from config.json, for weights that
-    are no longer quantized. Weights, indexes, the model card and subfolders other than chat templates stay behind.
-    """
-    for path in sorted(source.iterdir()):
-        if path.is_file() and _is_side_file(path):
-            shutil.copyfile(path, destination / path.name)
-    if (source / TEMPLATE_FOLDER).is_dir():
-        shutil.copytree(source / TEMPLATE_FOLDER, destination / TEMPLATE_FOLDER, dirs_exist_ok=True)
-    if drop_quantization_config:
-        edit_config(destination, {"quantization_config": None})
-
-
-def edit_config(directory: Path, changes: Mapping[str, object]) -> None:
-    """Set keys of config.json in place (None removes the key); every other key keeps its spelling and its order."""
-    path = directory / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    for key, value in changes.items():
-        if value is None:
-            config.pop(key, None)
-        else:
-            config[key] = value
-    path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _is_side_file(path: Path) -> bool:
-    if path.name.startswith(".") or path.name == "README.md":
-        return False
-    return path.suffix not in WEIGHT_SUFFIXES and not path.name.endswith(".index.json")
 
 
 def _split_into_shards(plan: Mapping[str, TensorSpec], max_shard_bytes: int) -> list[dict[str, TensorSpec]]:
@@ -323,6 +285,10 @@ def _check_head(path: Path, head: bytes, size: int) -> None:
         where=str(path),
         fix=f"remove {path.parent} and run again",
     )
+
+
+def _bytes_of(tensor: torch.Tensor) -> memoryview:
+    return tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _write_at(descriptor: int, data: memoryview, offset: int) -> None:

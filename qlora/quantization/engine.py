@@ -33,7 +33,7 @@ from torch import nn
 from qlora.data.calibration import CalibrationRow
 from qlora.errors import Problem, UserError
 from qlora.measure import Stopwatch
-from qlora.models.checkpoint import CheckpointReader, CheckpointWriter, TensorSource, copy_side_files, edit_config
+from qlora.models.checkpoint import CheckpointReader, CheckpointWriter, TensorSource
 from qlora.models.gptq_format import (
     QUANTIZE_CONFIG_NAME,
     TENSOR_NAMES,
@@ -44,6 +44,7 @@ from qlora.models.gptq_format import (
     quantization_config,
 )
 from qlora.models.module_rules import dynamic_config, modules_in_block
+from qlora.models.side_files import copy_side_files, edit_config
 from qlora.quantization.calibration import make_batches
 from qlora.quantization.hessian import InputStatistics
 from qlora.quantization.journal import JOURNAL_NAME, Journal

@@ -21,9 +21,10 @@ from typing import Any, Literal
 
 from qlora.data.calibration import CalibrationRow
 from qlora.errors import Problem, UserError, missing_extra
-from qlora.models.checkpoint import CheckpointReader, TensorSource, copy_side_files, edit_config
+from qlora.models.checkpoint import CheckpointReader, TensorSource
 from qlora.models.gptq_format import QUANTIZE_CONFIG_NAME
 from qlora.models.module_rules import dynamic_config, modules_in_block
+from qlora.models.side_files import copy_side_files, edit_config
 from qlora.quantization.engine import Progress
 from qlora.quantization.modules import Linear, quantizable_modules, weight_shape
 from qlora.quantization.settings import GPTQSettings, ModuleReport, QuantizeReport

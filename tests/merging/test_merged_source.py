@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from qlora.data.calibration import CalibrationRow
 from qlora.errors import UserError
 from qlora.merging import MergedSource, merge_adapter
-from qlora.models.checkpoint import CheckpointReader, TensorSource, edit_config
+from qlora.models.checkpoint import CheckpointReader, TensorSource
+from qlora.models.side_files import edit_config
 from qlora.quantization import GPTQSettings, quantize_checkpoint
 
 

@@ -15,15 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qlora.errors import UserError, WillNotFit
-from qlora.models.checkpoint import (
-    DTYPES,
-    CheckpointReader,
-    CheckpointWriter,
-    TensorSpec,
-    copy_side_files,
-    edit_config,
-    total_bytes,
-)
+from qlora.models.checkpoint import DTYPES, CheckpointReader, CheckpointWriter, TensorSpec, total_bytes
+from qlora.models.side_files import copy_side_files, edit_config
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
