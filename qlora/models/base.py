@@ -12,6 +12,7 @@ from typing import Any
 from qlora.artifacts import atomic_directory, file_digest, quick_digest
 from qlora.models.patches import parse_gguf_once
 from qlora.models.preview import download, preview_base
+from qlora.models.side_files import older_spellings
 from qlora.paths import cache_dir
 from qlora.reporting.console import console
 
@@ -78,10 +79,7 @@ def _spell_for_older_engines(directory: Path) -> None:
     config = json.loads(config_path.read_text())
     config.pop("_model_name_or_path", None)
     config.pop("quantization_config", None)
-    rope = config.get("rope_parameters") or {}
-    if "rope_theta" in rope:
-        config["rope_theta"] = rope["rope_theta"]
-    config["torch_dtype"] = config.get("dtype", "bfloat16")
+    config |= older_spellings(config)
     config_path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     tokenizer_path = directory / "tokenizer_config.json"
     tokenizer = json.loads(tokenizer_path.read_text())

@@ -35,6 +35,15 @@ PROMPT_LENGTHS = (7, 90)
 NOISE = 0.03
 SERVED = ((4, 128), (4, 64), (4, 32))
 """(bits, group size) of every kernel."""
+# Engines that find no base and no scaling in config.json, for want of the keys that they read, take others in silence.
+ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 BACKENDS = {
     "gptq_marlin": ("marlin_fp16", (*SERVED, (8, 128))),
     "gptq_exllama_v2": ("exllamav2", SERVED),
@@ -88,7 +97,8 @@ from safetensors.torch import save_file
 for directory, output in runs:
     config = ExLlamaV2Config(directory)
     config.max_seq_len = config.max_input_len = 256
-    config.no_flash_attn = config.no_xformers = True
+    # Of ExLlamaV2 0.3.2's attention without flash-attn and xformers, the one with SDPA takes no causal mask.
+    config.no_flash_attn = config.no_xformers = config.no_sdpa = True
     model = ExLlamaV2(config)
     model.load()
     found = [greedy(lambda ids: model.forward(ids), prompt, steps) for prompt in prompts]
@@ -123,6 +133,7 @@ def checkpoints(tiny_model, tmp_path_factory) -> dict[tuple[int, int], Path]:
         bos_token_id=0,
         eos_token_id=2,
         initializer_range=0.1,
+        rope_parameters=ROPE,
     )
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(source)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):

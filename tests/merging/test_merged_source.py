@@ -106,7 +106,7 @@ def test_gptq_straight_from_the_adapter_is_gptq_of_a_float32_merge(
     """The walk computes in bf16 either way; the weights it solves for are not rounded."""
     trained = train(compute_dtype=torch.bfloat16, quant_type=quant_type)
     whole = merge(trained, tmp_path / "whole", dtype=torch.float32)
-    edit_config(whole, {"dtype": "bfloat16"})
+    edit_config(whole, {"dtype": "bfloat16", "torch_dtype": "bfloat16"})
     direct = merge(trained, tmp_path / "direct", write_weights=False)
     rounded = merge(trained, tmp_path / "rounded")
     sources: dict[str, TensorSource] = {

@@ -13,10 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, Gemma3TextConfig, LlamaConfig, Phi3Config
 
 from qlora.errors import UserError, WillNotFit
 from qlora.models.checkpoint import DTYPES, CheckpointReader, CheckpointWriter, TensorSpec, total_bytes
-from qlora.models.side_files import copy_side_files, edit_config
+from qlora.models.side_files import copy_side_files, edit_config, older_spellings
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
@@ -247,7 +248,7 @@ def test_side_files(tmp_path: Path) -> None:
     copy_side_files(source, destination)
     found = sorted(str(path.relative_to(destination)) for path in destination.rglob("*") if path.is_file())
     assert found == sorted([*kept, "config.json", "additional_chat_templates/tool.jinja"])
-    assert json.loads((destination / "config.json").read_text()) == config
+    assert json.loads((destination / "config.json").read_text()) == config | {"torch_dtype": "bfloat16"}
 
     copy_side_files(source, destination, drop_quantization_config=True)
     assert "quantization_config" not in json.loads((destination / "config.json").read_text())
@@ -256,4 +257,58 @@ def test_side_files(tmp_path: Path) -> None:
         ("model_type", "llama"),
         ("rope_theta", 1.0),
         ("dtype", "float16"),
+        ("torch_dtype", "bfloat16"),
     ]
+
+
+LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 5e5}), {"rope_theta": 5e5}),
+        (
+            LlamaConfig(rope_parameters={"rope_type": "llama3", "rope_theta": 5e5} | LLAMA3),
+            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3"} | LLAMA3},
+        ),
+        (
+            Phi3Config(
+                pad_token_id=0,
+                rope_parameters={"rope_type": "default", "rope_theta": 3e4, "partial_rotary_factor": 0.5},
+            ),
+            {"rope_theta": 3e4, "partial_rotary_factor": 0.5},
+        ),
+        (
+            Gemma3TextConfig(
+                rope_parameters={
+                    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 2e6},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 2e4},
+                }
+            ),
+            {
+                "rope_theta": 2e6,
+                "rope_local_base_freq": 2e4,
+                "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            },
+        ),
+    ],
+    ids=["default", "llama3", "partial", "by layer"],
+)
+def test_older_spellings_of_rotary_parameters(config, expected, tmp_path: Path) -> None:
+    """As transformers 4 wrote them, and transformers 5 reads the same configuration from both together."""
+    config.dtype = torch.bfloat16
+    config.save_pretrained(tmp_path / "new")
+    (tmp_path / "both").mkdir()
+    copy_side_files(tmp_path / "new", tmp_path / "both")
+    written = json.loads((tmp_path / "new" / "config.json").read_text())
+    assert older_spellings(written) == expected | {"torch_dtype": "bfloat16"}
+    assert json.loads((tmp_path / "both" / "config.json").read_text()) == written | older_spellings(written)
+    new, both = (AutoConfig.from_pretrained(tmp_path / name).to_dict() for name in ("new", "both"))
+    for found in (new, both):  # the factor is compared in rope_parameters
+        found.pop("_name_or_path")
+        found.pop("partial_rotary_factor", None)
+    assert both == new
+    assert older_spellings({"text_config": written, "model_type": "x"}) == {
+        "text_config": written | older_spellings(written)
+    }
