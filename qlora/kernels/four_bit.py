@@ -1,0 +1,136 @@
+"""bitsandbytes' 4-bit weights back to 16 bits in one launch, double quantization included, bit for bit as it does it.
+
+A weight is stored flat, two codes a byte, the first in the high half; runs of `block_size` weights share a scale
+(absmax). With double quantization scales are 8-bit codes themselves, of which runs of 256 share one:
+
+    W[i] = code16[q[i]] · a[i // block_size],   a[b] = code256[c[b]] · a2[b // 256] + offset
+
+all in fp32, each operation rounded, the result rounded once to the dtype asked for (Dettmers et al. 2023,
+arXiv:2305.14314, §3). bitsandbytes takes three launches and three passes over memory for it.
+
+Shapes: N outputs, K inputs, B blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without Triton
+    triton = None
+
+if TYPE_CHECKING:
+    from bitsandbytes.nn import Params4bit
+
+NESTED_BLOCK = 256
+# Blocks of weights per program.
+TILE = 32
+
+
+@dataclass(frozen=True)
+class FourBitWeight:
+    """A quantized weight [N, K]; all tensors on one device."""
+
+    packed: torch.Tensor
+    """uint8 [N·K / 2]."""
+    code: torch.Tensor
+    """fp32 [16]: what each code stands for."""
+    absmax_B: torch.Tensor
+    """fp32, or uint8 with double quantization."""
+    nested: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None
+    """(a2 fp32 [B / 256 rounded up], code fp32 [256], offset fp32, a scalar)."""
+    shape: tuple[int, int]
+    block_size: int
+
+    @classmethod
+    def of(cls, parameter: Params4bit) -> FourBitWeight:
+        """The weight of a `Linear4bit`, sharing its memory."""
+        state = parameter.quant_state
+        nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else None
+        return cls(parameter.data.view(-1), state.code, state.absmax, nested, tuple(state.shape), state.blocksize)
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def dequantize(weight: FourBitWeight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+    """W [N, K] in `dtype`; into `out`, a contiguous tensor of as many elements, where there is one."""
+    if out is None:
+        out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
+    if weight.packed.is_cuda and triton is not None:
+        _with_triton(weight, out)
+    else:
+        out.view(-1).copy_(_with_torch(weight))
+    return out.view(weight.shape)
+
+
+def _with_torch(weight: FourBitWeight) -> torch.Tensor:
+    codes = torch.stack((weight.packed >> 4, weight.packed & 15), dim=1).flatten().long()
+    absmax_B = weight.absmax_B
+    if weight.nested is not None:
+        absmax2, code, offset = weight.nested
+        outer = torch.arange(len(absmax_B), device=absmax_B.device) // NESTED_BLOCK
+        absmax_B = code[absmax_B.long()] * absmax2[outer] + offset
+    return weight.code[codes] * absmax_B.repeat_interleave(weight.block_size)[: weight.numel]
+
+
+def _with_triton(weight: FourBitWeight, out: torch.Tensor) -> None:
+    absmax2, code, offset = weight.nested if weight.nested is not None else (weight.absmax_B,) * 3
+    blocks = triton.cdiv(weight.numel, weight.block_size)
+    _dequantize_kernel[(triton.cdiv(blocks, TILE),)](
+        weight.packed,
+        weight.code,
+        weight.absmax_B,
+        absmax2,
+        code,
+        offset,
+        out,
+        weight.numel,
+        HALF_BLOCK=weight.block_size // 2,
+        NESTED=weight.nested is not None,
+        NESTED_BLOCK=NESTED_BLOCK,
+        TILE=TILE,
+        # A product and a sum that become one operation are rounded once: other bits than bitsandbytes'.
+        enable_fp_fusion=False,
+    )
+
+
+if triton is not None:
+
+    @triton.jit(do_not_specialize=["numel"])
+    def _dequantize_kernel(
+        packed_ptr,
+        code_ptr,
+        absmax_ptr,
+        absmax2_ptr,
+        nested_code_ptr,
+        offset_ptr,
+        out_ptr,
+        numel,
+        HALF_BLOCK: tl.constexpr,
+        NESTED: tl.constexpr,
+        NESTED_BLOCK: tl.constexpr,
+        TILE: tl.constexpr,
+    ):
+        """One program: TILE blocks, a row each."""
+        block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
+        present = block * (2 * HALF_BLOCK) < numel
+        absmax = tl.load(absmax_ptr + block, mask=present, other=0)
+        if NESTED:
+            inner = tl.load(nested_code_ptr + absmax)
+            outer = tl.load(absmax2_ptr + block // NESTED_BLOCK, mask=present, other=0.0)
+            absmax = inner * outer + tl.load(offset_ptr)
+        byte = block[:, None] * HALF_BLOCK + tl.arange(0, HALF_BLOCK)[None, :]
+        inside = 2 * byte < numel
+        packed = tl.load(packed_ptr + byte, mask=inside, other=0)
+        high = tl.load(code_ptr + (packed >> 4)) * absmax[:, None]
+        low = tl.load(code_ptr + (packed & 15)) * absmax[:, None]
+        both = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
+        at = block[:, None] * (2 * HALF_BLOCK) + tl.arange(0, 2 * HALF_BLOCK)[None, :]
+        tl.store(out_ptr + at, both, mask=at < numel)

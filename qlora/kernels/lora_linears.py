@@ -1,0 +1,118 @@
+"""Linears with one input, their LoRA adapters on frozen weights, as one differentiable operation.
+
+    y_i = x·W_iᵀ + b_i + s_i·(x·A_iᵀ)·B_iᵀ
+
+With u = [s_i·dy_i·B_i] and A = [A_i], both side by side over all i,
+
+    dx = Σ_i dy_i·W_i + u·A,   dA = uᵀ·x,   dB_i = s_i·dy_iᵀ·(x·A_iᵀ)
+
+so that the backward needs x and the parameters, and nothing else is kept: x·Aᵀ is small and computed again, and 4-bit
+weights are dequantized again, into one buffer for all of them. Products are in the dtype of x; gradients of adapters
+come out of them in fp32 where the GPU can.
+
+Shapes: T tokens, K inputs, N outputs, R ranks of all adapters together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora.kernels.four_bit import FourBitWeight, dequantize
+
+_buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+
+@dataclass(frozen=True)
+class FrozenLinear:
+    """What does not learn of one linear, and how its adapter is scaled."""
+
+    weight: FourBitWeight | torch.Tensor
+    """Quantized, or [N, K] in the dtype of x."""
+    bias_N: torch.Tensor | None
+    scaling: float
+
+
+def lora_linears(
+    x_TK: torch.Tensor, linears: Sequence[FrozenLinear], adapters: Sequence[tuple[torch.Tensor, torch.Tensor]]
+) -> tuple[torch.Tensor, ...]:
+    """y_i [T, N_i] of every linear; `adapters` are its (A [r, K], B [N, r]), in the dtype of x or in fp32."""
+    return _LoraLinears.apply(x_TK, tuple(linears), *(matrix for pair in adapters for matrix in pair))
+
+
+class _LoraLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x_TK: torch.Tensor, linears: tuple[FrozenLinear, ...], *matrices: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x_TK, *matrices)
+        ctx.linears = linears
+        down_RK, ups = _in_dtype(matrices, linears, x_TK.dtype)
+        inner_TR = x_TK @ down_RK.T
+        outputs = []
+        for linear, up_NR, part in zip(linears, ups, _parts(ups), strict=True):
+            weight_NK = _dense(linear.weight, x_TK.dtype)
+            y_TN = torch.nn.functional.linear(x_TK, weight_NK, linear.bias_N)
+            outputs.append(y_TN.addmm_(inner_TR[:, part], up_NR.T))
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TK, *matrices = ctx.saved_tensors
+        linears: tuple[FrozenLinear, ...] = ctx.linears
+        down_RK, ups = _in_dtype(matrices, linears, x_TK.dtype)
+        parts = _parts(ups)
+        inner_TR = x_TK @ down_RK.T
+        u_TR = torch.empty_like(inner_TR)
+        grad_x_TK = None
+        gradients: list[torch.Tensor | None] = [None] * len(matrices)
+        for number, (linear, up_NR, part, grad_TN) in enumerate(zip(linears, ups, parts, grads, strict=True)):
+            u_TR[:, part] = grad_TN @ up_NR
+            gradients[2 * number + 1] = _product(grad_TN.T, inner_TR[:, part], matrices[2 * number + 1], linear.scaling)
+            if ctx.needs_input_grad[0]:
+                weight_NK = _dense(linear.weight, x_TK.dtype)
+                if grad_x_TK is None:
+                    grad_x_TK = grad_TN @ weight_NK
+                else:
+                    grad_x_TK.addmm_(grad_TN, weight_NK)
+        if grad_x_TK is not None:
+            grad_x_TK.addmm_(u_TR, down_RK)
+        for number, part in enumerate(parts):
+            gradients[2 * number] = _product(u_TR[:, part].T, x_TK, matrices[2 * number], 1.0)
+        return grad_x_TK, None, *gradients
+
+
+def _in_dtype(
+    matrices: Sequence[torch.Tensor], linears: Sequence[FrozenLinear], dtype: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """(all A one below the other [R, K], each s·B [N, r]), in the dtype of products."""
+    down_RK = torch.cat([matrix.to(dtype) for matrix in matrices[::2]])
+    ups = [(matrix * linear.scaling).to(dtype) for matrix, linear in zip(matrices[1::2], linears, strict=True)]
+    return down_RK, ups
+
+
+def _parts(ups: Sequence[torch.Tensor]) -> list[slice]:
+    """Which of the R columns belong to which linear."""
+    ends = torch.tensor([0, *(up.shape[1] for up in ups)]).cumsum(0).tolist()
+    return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+
+
+def _product(left: torch.Tensor, right: torch.Tensor, like: torch.Tensor, scaling: float) -> torch.Tensor:
+    """scaling · left @ right, in the dtype of `like`."""
+    if left.is_cuda and like.dtype == torch.float32 and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32).mul_(scaling)
+    return (left @ right).to(like.dtype).mul_(scaling)
+
+
+def _dense(weight: FourBitWeight | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[N, K]; a dequantized weight is valid until the next one is asked for."""
+    if isinstance(weight, torch.Tensor):
+        return weight
+    key = (weight.packed.device, dtype)
+    buffer = _buffers.get(key)
+    if buffer is None or buffer.numel() < weight.numel:
+        buffer = _buffers[key] = torch.empty(weight.numel, dtype=dtype, device=weight.packed.device)
+    return dequantize(weight, dtype, buffer[: weight.numel])
