@@ -50,39 +50,54 @@ class _LoraLinears(torch.autograd.Function):
     ) -> tuple[torch.Tensor, ...]:
         ctx.save_for_backward(x_TK, *matrices)
         ctx.linears = linears
-        down_RK, ups = _in_dtype(matrices, linears, x_TK.dtype)
-        inner_TR = x_TK @ down_RK.T
-        outputs = []
-        for linear, up_NR, part in zip(linears, ups, _parts(ups), strict=True):
-            weight_NK = _dense(linear.weight, x_TK.dtype)
-            y_TN = torch.nn.functional.linear(x_TK, weight_NK, linear.bias_N)
-            outputs.append(y_TN.addmm_(inner_TR[:, part], up_NR.T))
-        return tuple(outputs)
+        return tuple(forward(x_TK, linears, matrices))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TK, *matrices = ctx.saved_tensors
-        linears: tuple[FrozenLinear, ...] = ctx.linears
-        down_RK, ups = _in_dtype(matrices, linears, x_TK.dtype)
-        parts = _parts(ups)
-        inner_TR = x_TK @ down_RK.T
-        u_TR = torch.empty_like(inner_TR)
-        grad_x_TK = None
-        gradients: list[torch.Tensor | None] = [None] * len(matrices)
-        for number, (linear, up_NR, part, grad_TN) in enumerate(zip(linears, ups, parts, grads, strict=True)):
-            u_TR[:, part] = grad_TN @ up_NR
-            gradients[2 * number + 1] = _product(grad_TN.T, inner_TR[:, part], matrices[2 * number + 1], linear.scaling)
-            if ctx.needs_input_grad[0]:
-                weight_NK = _dense(linear.weight, x_TK.dtype)
-                if grad_x_TK is None:
-                    grad_x_TK = grad_TN @ weight_NK
-                else:
-                    grad_x_TK.addmm_(grad_TN, weight_NK)
-        if grad_x_TK is not None:
-            grad_x_TK.addmm_(u_TR, down_RK)
-        for number, part in enumerate(parts):
-            gradients[2 * number] = _product(u_TR[:, part].T, x_TK, matrices[2 * number], 1.0)
+        grad_x_TK, gradients = backward(x_TK, ctx.linears, matrices, grads, of_input=ctx.needs_input_grad[0])
         return grad_x_TK, None, *gradients
+
+
+def forward(
+    x_TK: torch.Tensor, linears: Sequence[FrozenLinear], matrices: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """y_i of every linear; `matrices` are A and B of the first, of the second, and so on."""
+    down_RK, ups = _in_dtype(matrices, linears, x_TK.dtype)
+    inner_TR = x_TK @ down_RK.T
+    outputs = []
+    for linear, up_NR, part in zip(linears, ups, _parts(ups), strict=True):
+        weight_NK = _dense(linear.weight, x_TK.dtype)
+        y_TN = torch.nn.functional.linear(x_TK, weight_NK, linear.bias_N)
+        outputs.append(y_TN.addmm_(inner_TR[:, part], up_NR.T))
+    return outputs
+
+
+def backward(
+    x_TK: torch.Tensor,
+    linears: Sequence[FrozenLinear],
+    matrices: Sequence[torch.Tensor],
+    grads: Sequence[torch.Tensor],
+    *,
+    of_input: bool = True,
+) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
+    """(gradient of x if it is asked for, gradients of the matrices) from those of every y_i."""
+    down_RK, ups = _in_dtype(matrices, linears, x_TK.dtype)
+    parts = _parts(ups)
+    inner_TR = x_TK @ down_RK.T
+    u_TR = torch.empty_like(inner_TR)
+    grad_x_TK = None
+    of_ups = []
+    for linear, up_NR, matrix, part, grad_TN in zip(linears, ups, matrices[1::2], parts, grads, strict=True):
+        u_TR[:, part] = grad_TN @ up_NR
+        of_ups.append(_product(grad_TN.T, inner_TR[:, part], matrix.dtype).mul_(linear.scaling))
+        if of_input:
+            weight_NK = _dense(linear.weight, x_TK.dtype)
+            grad_x_TK = grad_TN @ weight_NK if grad_x_TK is None else grad_x_TK.addmm_(grad_TN, weight_NK)
+    if grad_x_TK is not None:
+        grad_x_TK.addmm_(u_TR, down_RK)
+    of_downs = _product(u_TR.T, x_TK, matrices[0].dtype).split([up.shape[1] for up in ups])
+    return grad_x_TK, [matrix for pair in zip(of_downs, of_ups, strict=True) for matrix in pair]
 
 
 def _in_dtype(
@@ -100,11 +115,11 @@ def _parts(ups: Sequence[torch.Tensor]) -> list[slice]:
     return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, like: torch.Tensor, scaling: float) -> torch.Tensor:
-    """scaling · left @ right, in the dtype of `like`."""
-    if left.is_cuda and like.dtype == torch.float32 and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32).mul_(scaling)
-    return (left @ right).to(like.dtype).mul_(scaling)
+def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """left @ right in `dtype`."""
+    if left.is_cuda and dtype == torch.float32 and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).to(dtype)
 
 
 def _dense(weight: FourBitWeight | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
