@@ -1,0 +1,175 @@
+"""Training's fused path: what LoRA layers and gated feed-forward blocks of a PEFT model compute, in fewer passes.
+
+`fuse` gives modules another forward, here and nowhere else; parameters, names and files stay PEFT's. Linears of one
+input (q, k and v; gate and up) run together when the first of them is called, and the others hand out what that call
+left for them. A feed-forward block is fused whole when, on random inputs, that gives what its own forward gives. What
+is not covered keeps its forward, and is named: layers with dropout, DoRA, a bias in the adapter, other quantization.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers.activations import GELUTanh, SiLUActivation
+
+from qlora.kernels.four_bit import FourBitWeight
+from qlora.kernels.gated_mlp import Activation, gated_mlp
+from qlora.kernels.lora_linears import FrozenLinear, lora_linears
+
+SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+BLOCK = ("gate_proj", "up_proj", "down_proj")
+# Relative, of a block against its own forward: two orders of rounding in the dtype.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.005}
+
+
+@dataclass(frozen=True)
+class Fused:
+    """What `fuse` did."""
+
+    linears: int
+    """Adapter layers on the fused path."""
+    blocks: int
+    """Feed-forward blocks fused whole; their linears count above too."""
+    plain: dict[str, int]
+    """Why adapter layers keep PEFT's forward → how many."""
+
+
+def fuse(model: nn.Module) -> Fused:
+    """Put the adapter layers of a PEFT model with one adapter on the fused path, where they can be."""
+    plain: Counter[str] = Counter()
+    linears = blocks = 0
+    for parent in list(model.modules()):
+        children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
+        reasons = {name: reason for name, child in children.items() if (reason := obstacle(child))}
+        plain.update(reasons.values())
+        layers = {name: _Layer(child) for name, child in children.items() if name not in reasons}
+        linears += len(layers)
+        together = [[layers[name] for name in names if name in layers] for names in SIBLINGS]
+        grouped = {name for names in SIBLINGS for name in names}
+        for members in [*together, *([layer] for name, layer in layers.items() if name not in grouped)]:
+            if members:
+                _SharedInput(members)
+        if all(name in layers for name in BLOCK):
+            blocks += _fuse_block(parent, [layers[name] for name in BLOCK])
+    return Fused(linears, blocks, dict(plain))
+
+
+def obstacle(layer: LoraLayer) -> str | None:
+    """Why this layer cannot take the fused path; None if it can."""
+    base = layer.get_base_layer()
+    if len(layer.active_adapters) != 1 or layer.active_adapters[0] not in layer.lora_A:
+        return "other than one active adapter"
+    (name,) = layer.active_adapters
+    if name in layer.lora_variant:
+        return f"a variant of LoRA ({type(layer.lora_variant[name]).__name__})"
+    if not isinstance(layer.lora_dropout[name], nn.Identity):
+        return "dropout"
+    if layer.lora_bias.get(name):
+        return "a bias in the adapter"
+    if not isinstance(base, (Linear4bit, nn.Linear)) or (type(base) is not nn.Linear and type(base) is not Linear4bit):
+        return f"a base layer of another kind ({type(base).__name__})"
+    return None
+
+
+class _Layer:
+    """One adapter layer, its frozen half in the form that kernels take."""
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        (self._adapter,) = module.active_adapters
+        self.plain: Callable[..., torch.Tensor] = self.module.forward
+        base = module.get_base_layer()
+        self.quantized = isinstance(base, Linear4bit)
+        self._base: Any = base
+
+    @property
+    def frozen(self) -> FrozenLinear:
+        weight = FourBitWeight.of(self._base.weight) if self.quantized else self._base.weight
+        return FrozenLinear(weight, self._base.bias, self.module.scaling[self._adapter])
+
+    @property
+    def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.module.lora_A[self._adapter].weight, self.module.lora_B[self._adapter].weight
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether the fused path computes what PEFT would for this input, as things stand."""
+        dtype = self._base.compute_dtype if self.quantized else self._base.weight.dtype
+        same_bias = self._base.bias is None or self._base.bias.dtype == dtype
+        return x.dtype == dtype and same_bias and not (self.module.disable_adapters or self.module.merged)
+
+
+class _SharedInput:
+    """The linears of one input; the first that is called with a tensor computes them all."""
+
+    def __init__(self, members: Sequence[_Layer]) -> None:
+        self._members = members
+        self._x: torch.Tensor | None = None
+        self._ready: dict[int, torch.Tensor] = {}
+        for index, member in enumerate(members):
+            member.module.forward = self._forward_of(index, member)
+
+    def _forward_of(self, index: int, member: _Layer) -> Callable[..., torch.Tensor]:
+        def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if args or kwargs or not all(each.takes(x) for each in self._members):
+                return member.plain(x, *args, **kwargs)
+            if self._x is not x or index not in self._ready:
+                self._x = x
+                self._ready = dict(enumerate(self._compute(x)))
+            output = self._ready.pop(index)
+            if not self._ready:
+                self._x = None
+            return output
+
+        return forward
+
+    def _compute(self, x: torch.Tensor) -> list[torch.Tensor]:
+        with torch.autocast(x.device.type, enabled=False):
+            outputs = lora_linears(
+                x.reshape(-1, x.shape[-1]),
+                [member.frozen for member in self._members],
+                [member.matrices for member in self._members],
+            )
+        return [output.view(*x.shape[:-1], -1) for output in outputs]
+
+
+def _fuse_block(block: nn.Module, layers: Sequence[_Layer]) -> bool:
+    """Give a gated feed-forward block one operation for a forward. False, and nothing done, if that is not the same."""
+    activation = _activation(getattr(block, "act_fn", None))
+    weight = layers[0].matrices[0]
+    if activation is None:
+        return False
+    plain = block.forward
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if args or kwargs or not all(layer.takes(x) for layer in layers):
+            return plain(x, *args, **kwargs)
+        gate, up, down = (layer.frozen for layer in layers)
+        with torch.autocast(x.device.type, enabled=False):
+            matrices = [layer.matrices for layer in layers]
+            return gated_mlp(x.reshape(-1, x.shape[-1]), (gate, up, down), matrices, activation).view(x.shape)
+
+    base: Any = layers[0].module.get_base_layer()
+    dtype = base.compute_dtype if layers[0].quantized else base.weight.dtype
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, weight.shape[1], generator=generator).to(weight.device, dtype)
+    with torch.no_grad():
+        expected, found = plain(x), forward(x)
+    if (found - expected).float().norm() > TOLERANCE[dtype] * expected.float().norm():
+        return False
+    block.forward = forward
+    return True
+
+
+def _activation(module: Any) -> Activation | None:
+    if isinstance(module, (nn.SiLU, SiLUActivation)):
+        return "silu"
+    if isinstance(module, GELUTanh) or (isinstance(module, nn.GELU) and module.approximate == "tanh"):
+        return "gelu_tanh"
+    return None

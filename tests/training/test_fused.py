@@ -1,0 +1,157 @@
+"""The fused path against PEFT's own: outputs and gradients, and which layers keep PEFT's."""
+
+import copy
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import LoraConfig, get_peft_model
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+from qlora.training.fused import fuse
+
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 256,
+    "max_position_embeddings": 128,
+}
+KINDS = {
+    "llama": {},
+    "qwen2": {},
+    "qwen3": {},
+    "gemma3_text": {"hidden_activation": "gelu_pytorch_tanh"},
+    "mistral": {},
+}
+
+
+def model_of(kind, dtype=torch.float32, quantized=True, **lora):
+    """A tiny model with 4-bit linears and an adapter whose B is not zero."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES, **KINDS[kind])
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if quantized:
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if type(child) is torch.nn.Linear and name != "lm_head":
+                    four_bit = Linear4bit(
+                        child.in_features, child.out_features, child.bias is not None, dtype, quant_type="nf4"
+                    )
+                    four_bit.load_state_dict(child.state_dict())
+                    four_bit.support_avx512bf16_for_cpu = False
+                    setattr(module, name, four_bit.to("cpu"))
+    options = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | lora
+    adapted = get_peft_model(model, LoraConfig(**options))
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return adapted
+
+
+def loss_and_gradients(model, **options):
+    ids = torch.randint(0, 256, (2, 17), generator=torch.Generator().manual_seed(1))
+    model.zero_grad()
+    model.train()
+    loss = model(input_ids=ids, labels=ids, **options).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def compare(model, fused_linears, blocks, tolerance=1e-4):
+    expected, gradients = loss_and_gradients(model)
+    done = fuse(model)
+    assert (done.linears, done.blocks) == (fused_linears, blocks)
+    found, own = loss_and_gradients(model)
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
+    assert own.keys() == gradients.keys() and gradients
+    for name, gradient in gradients.items():
+        assert (own[name] - gradient).norm() <= tolerance * gradient.norm() + 1e-9, name
+    return done
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_losses_and_gradients_are_those_of_peft(kind, quantized):
+    assert not compare(model_of(kind, quantized=quantized), 14, 2).plain
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [
+        {"use_rslora": True},
+        {"rank_pattern": {"k_proj": 8}, "alpha_pattern": {"up_proj": 32}},
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["k_proj", "down_proj"]},
+    ],
+)
+def test_ranks_scalings_and_targets_of_every_kind(lora):
+    targets = lora.get("target_modules")
+    compare(model_of("llama", **lora), 14 if targets is None else 4, 2 if targets is None else 0)
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [
+        ({"lora_dropout": 0.1}, "dropout"),
+        ({"use_dora": True}, "a variant of LoRA"),
+        ({"lora_bias": True}, "a bias in the adapter"),
+    ],
+)
+def test_what_is_not_covered_keeps_its_forward_and_is_named(lora, reason):
+    model = model_of("llama", **lora)
+    before = {name: module.forward for name, module in model.named_modules() if name.endswith("_proj")}
+    done = fuse(model)
+    assert (done.linears, done.blocks) == (0, 0)
+    assert [(key.startswith(reason), count) for key, count in done.plain.items()] == [(True, 14)]
+    assert all(model.get_submodule(name).forward == forward for name, forward in before.items())
+
+
+def test_a_block_of_another_formula_is_not_fused():
+    model = model_of("llama")
+    for layer in model.base_model.model.model.layers:
+        mlp = layer.mlp
+        mlp.forward = lambda x, mlp=mlp: 2 * mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    compare(model, 14, 0)
+    model = model_of("llama")
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.act_fn = ACT2FN["relu"]
+    compare(model, 14, 0)
+
+
+def test_with_checkpointing_gradients_stay():
+    model = model_of("llama")
+    _, expected = loss_and_gradients(model)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    fuse(model)
+    _, found = loss_and_gradients(model)
+    for name, gradient in expected.items():
+        assert (found[name] - gradient).norm() <= 1e-4 * gradient.norm() + 1e-9, name
+
+
+def test_an_adapter_that_is_off_stays_off():
+    model = model_of("llama")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        trained = model(input_ids=ids).logits
+        with model.disable_adapter():
+            expected = model(input_ids=ids).logits
+            fuse(model)
+            torch.testing.assert_close(model(input_ids=ids).logits, expected)
+        torch.testing.assert_close(model(input_ids=ids).logits, trained, rtol=1e-4, atol=1e-4)
+
+
+def test_parameters_and_files_stay_those_of_peft(tmp_path):
+    model = model_of("llama")
+    names = [name for name, _ in model.named_parameters()]
+    state = copy.deepcopy(model.state_dict())
+    fuse(model)
+    assert [name for name, _ in model.named_parameters()] == names
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
