@@ -163,6 +163,8 @@ class Train(Section):
     """Gradient norm above which gradients are scaled down."""
     gradient_checkpointing: bool = True
     """Recompute activations in the backward pass: about a third slower, several times less memory."""
+    kernels: Literal["auto", "plain"] = "auto"
+    """auto: on a GPU, the fused path for layers that it covers. plain: PEFT's and transformers' own code."""
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints to resume from; the last two are kept."""
     evaluate_every: PositiveInt | None = None

@@ -26,6 +26,7 @@ from qlora.models.loading import DTYPES, attach_adapter, load_base
 from qlora.models.provenance import QuantizationSettings, write_provenance
 from qlora.recipe import Recipe
 from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
+from qlora.training.fused import fuse
 
 log = logging.getLogger(__name__)
 
@@ -122,6 +123,10 @@ def build_trainer(
     # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
     for parameter in trainable(trainer):
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
+    if recipe.train.kernels == "auto" and device.startswith("cuda"):
+        fused = fuse(model)
+        for reason, layers in fused.plain.items():
+            log.info("%d adapter layers train on the plain path: %s", layers, reason)
     return trainer
 
 
