@@ -1,0 +1,144 @@
+"""Rows packed end to end into one, each attending to itself alone, without a mask in memory.
+
+`pack` lays rows end to end and says where each begins; `allow_packed` teaches a model's attention to go by that:
+variable-length attention on a GPU, row by row on a CPU. Batches that are not packed go the way of `sdpa`.
+
+Shapes: T tokens of a packed row, H heads, D width of a head, S rows in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from inspect import signature
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "qlora_packed"
+IGNORED = -100
+
+
+def pack(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, torch.Tensor | int]:
+    """(token ids, labels) of each row → what a model's forward takes: [1, T] tensors, and where rows begin and end.
+
+    The first label of a row is never predicted: the token before it is of another row.
+    """
+    starts = list(accumulate((len(ids) for ids, _ in rows), initial=0))
+    longest = max(len(ids) for ids, _ in rows)
+    ends = torch.tensor(starts, dtype=torch.int32)
+    return {
+        "input_ids": torch.tensor([token for ids, _ in rows for token in ids])[None],
+        "labels": torch.tensor([label for _, labels in rows for label in (IGNORED, *labels[1:])])[None],
+        "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in rows])[None],
+        "cu_seq_lens_q": ends,
+        "cu_seq_lens_k": ends,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+
+
+def allow_packed(model: PreTrainedModel) -> None:
+    """Have this model's attention understand packed batches. Its `sdpa` attention otherwise; refused for another."""
+    if model.config._attn_implementation != "sdpa":
+        raise ValueError(f"attention {model.config._attn_implementation}; only sdpa can be packed")
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
+    model.set_attn_implementation(NAME)
+    model.register_forward_pre_hook(_note_packing, with_kwargs=True)
+
+
+_packed = False
+
+
+def _note_packing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    """Masks are made where nobody says whether the batch is packed."""
+    global _packed
+    _packed = kwargs.get("cu_seq_lens_q") is not None
+
+
+def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
+    return None if _packed else sdpa_mask(*args, **kwargs)
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
+    max_length_q: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """[1, H, T, D] → [1, T, H, D], grouped heads as they come."""
+    if cu_seq_lens_q is None or max_length_q is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if dropout or kwargs.get("softcap") is not None:
+        raise ValueError("packed attention has neither dropout nor a soft cap")
+    attend = _by_kernel if query.is_cuda else _row_by_row
+    output_THD = attend(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        cu_seq_lens_q,
+        max_length_q,
+        scaling,
+        sliding_window,
+    )
+    return output_THD[None], None
+
+
+def _by_kernel(
+    query_THD: torch.Tensor,
+    key_THD: torch.Tensor,
+    value_THD: torch.Tensor,
+    ends: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    back = -1 if window is None else window - 1
+    # torch 2.11 takes grouped heads as they are; later versions want to be told.
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
+    output: Any = varlen_attn(
+        query_THD, key_THD, value_THD, ends, ends, longest, longest, scale=scaling, window_size=(back, 0), **grouped
+    )
+    return output
+
+
+def _row_by_row(
+    query_THD: torch.Tensor,
+    key_THD: torch.Tensor,
+    value_THD: torch.Tensor,
+    ends: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    window: int | None,
+) -> torch.Tensor:
+    outputs = []
+    for start, stop in zip(ends.tolist(), ends.tolist()[1:], strict=False):
+        query, key, value = (x[start:stop].transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD))
+        mask = None
+        if window is not None and stop - start > window:
+            place = torch.arange(stop - start)
+            back = place[:, None] - place[None, :]
+            mask = (back >= 0) & (back < window)
+        output = scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+        )
+        outputs.append(output[0].transpose(0, 1))
+    return torch.cat(outputs)
