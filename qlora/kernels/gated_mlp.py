@@ -9,13 +9,13 @@ Shapes: T tokens, K inputs, F width of the block.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 
 from qlora.kernels import lora_linears
-from qlora.kernels.lora_linears import FrozenLinear
+from qlora.kernels.lora_linears import FrozenLinear, Source, made_again, unpacked
 
 try:
     import triton
@@ -33,9 +33,11 @@ def gated_mlp(
     linears: tuple[FrozenLinear, FrozenLinear, FrozenLinear],
     adapters: Sequence[tuple[torch.Tensor, torch.Tensor]],
     activation: Activation,
+    source: Source | None = None,
 ) -> torch.Tensor:
     """[T, K] of gate, up and down, and their (A, B), as `lora_linears` takes them."""
-    return _GatedMlp.apply(x_TK, linears, activation, *(matrix for pair in adapters for matrix in pair))
+    matrices = [matrix for pair in adapters for matrix in pair]
+    return _GatedMlp.apply(x_TK, linears, activation, *unpacked(source), *matrices)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -45,17 +47,19 @@ class _GatedMlp(torch.autograd.Function):
         x_TK: torch.Tensor,
         linears: tuple[FrozenLinear, FrozenLinear, FrozenLinear],
         activation: Activation,
+        origin: torch.Tensor | None,
+        make: Callable[[torch.Tensor], torch.Tensor] | None,
         *matrices: torch.Tensor,
     ) -> torch.Tensor:
         gate_TF, up_TF = lora_linears.forward(x_TK, linears[:2], matrices[:4])
-        ctx.save_for_backward(x_TK, gate_TF, up_TF, *matrices)
-        ctx.linears, ctx.activation = linears, activation
+        ctx.save_for_backward(x_TK if origin is None else origin, gate_TF, up_TF, *matrices)
+        ctx.linears, ctx.activation, ctx.make = linears, activation, make
         (output_TK,) = lora_linears.forward(gated(gate_TF, up_TF, activation), linears[2:], matrices[4:])
         return output_TK
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TK, gate_TF, up_TF, *matrices = ctx.saved_tensors
+        origin, gate_TF, up_TF, *matrices = ctx.saved_tensors
         linears, activation = ctx.linears, ctx.activation
         hidden_TF = gated(gate_TF, up_TF, activation)
         grad_TF, of_down = lora_linears.backward(hidden_TF, linears[2:], matrices[4:], grads)
@@ -63,10 +67,11 @@ class _GatedMlp(torch.autograd.Function):
         assert grad_TF is not None
         of_gate_and_up = gated_gradients(gate_TF, up_TF, grad_TF, activation)
         del grad_TF
+        x_TK = made_again(origin, ctx.make, matrices[0])
         grad_x_TK, of_others = lora_linears.backward(
             x_TK, linears[:2], matrices[:4], of_gate_and_up, of_input=ctx.needs_input_grad[0]
         )
-        return grad_x_TK, None, None, *of_others, *of_down
+        return grad_x_TK, None, None, None, None, *of_others, *of_down
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -15,7 +15,7 @@ Shapes: T tokens, K inputs, N outputs, R ranks of all adapters together.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,27 +36,60 @@ class FrozenLinear:
     scaling: float
 
 
+@dataclass(frozen=True)
+class Source:
+    """What x can be made of again, in place of which it need not be kept: a norm's input, which is kept anyway."""
+
+    tensor: torch.Tensor
+    make: Callable[[torch.Tensor], torch.Tensor]
+    """From `tensor` to x, of any shape with as many elements."""
+
+
 def lora_linears(
-    x_TK: torch.Tensor, linears: Sequence[FrozenLinear], adapters: Sequence[tuple[torch.Tensor, torch.Tensor]]
+    x_TK: torch.Tensor,
+    linears: Sequence[FrozenLinear],
+    adapters: Sequence[tuple[torch.Tensor, torch.Tensor]],
+    source: Source | None = None,
 ) -> tuple[torch.Tensor, ...]:
     """y_i [T, N_i] of every linear; `adapters` are its (A [r, K], B [N, r]), in the dtype of x or in fp32."""
-    return _LoraLinears.apply(x_TK, tuple(linears), *(matrix for pair in adapters for matrix in pair))
+    matrices = [matrix for pair in adapters for matrix in pair]
+    return _LoraLinears.apply(x_TK, tuple(linears), *unpacked(source), *matrices)
 
 
 class _LoraLinears(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TK: torch.Tensor, linears: tuple[FrozenLinear, ...], *matrices: torch.Tensor
+        ctx: Any,
+        x_TK: torch.Tensor,
+        linears: tuple[FrozenLinear, ...],
+        origin: torch.Tensor | None,
+        make: Callable[[torch.Tensor], torch.Tensor] | None,
+        *matrices: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(x_TK, *matrices)
-        ctx.linears = linears
+        ctx.save_for_backward(x_TK if origin is None else origin, *matrices)
+        ctx.linears, ctx.make = linears, make
         return tuple(forward(x_TK, linears, matrices))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_TK, *matrices = ctx.saved_tensors
+        origin, *matrices = ctx.saved_tensors
+        x_TK = made_again(origin, ctx.make, matrices[0])
         grad_x_TK, gradients = backward(x_TK, ctx.linears, matrices, grads, of_input=ctx.needs_input_grad[0])
-        return grad_x_TK, None, *gradients
+        return grad_x_TK, None, None, None, *gradients
+
+
+def unpacked(
+    source: Source | None,
+) -> tuple[torch.Tensor | None, Callable[[torch.Tensor], torch.Tensor] | None]:
+    """A source as an autograd function takes it; it has no part in the gradient, which flows through x."""
+    return (None, None) if source is None else (source.tensor.detach(), source.make)
+
+
+def made_again(
+    origin: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor] | None, down_RK: torch.Tensor
+) -> torch.Tensor:
+    """x [T, K], from what was kept."""
+    return origin if make is None else make(origin).reshape(-1, down_RK.shape[1])
 
 
 def forward(

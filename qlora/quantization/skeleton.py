@@ -14,11 +14,11 @@ from torch.overrides import TorchFunctionMode
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora.errors import UserError
+from qlora.kernels.norms import fuse_rms_norms
 from qlora.models.checkpoint import TensorSource
 from qlora.models.stored_names import stored_names
 from qlora.quantization.experts import expert_pieces, take_experts_apart
 from qlora.quantization.modules import decoder_layers
-from qlora.quantization.norms import fuse_rms_norms
 
 
 class Skeleton:

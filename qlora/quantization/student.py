@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers.utils import ModelOutput
 
 from qlora.errors import UserError
+from qlora.kernels.norms import fuse_rms_norms
 from qlora.kernels.packed_linear import PackedWeight, dequantize, log_scale_gradient
 from qlora.models.checkpoint import CheckpointReader
 from qlora.models.gptq_format import WORD_BITS, unpack_zeros
-from qlora.quantization.norms import fuse_rms_norms
 from qlora.quantization.skeleton import Skeleton
 
 # Share of the memory that is free before the first step that may hold what the backward needs; beyond it, layers are

@@ -22,6 +22,7 @@ from transformers.activations import GELUTanh, SiLUActivation
 from qlora.kernels.four_bit import FourBitWeight
 from qlora.kernels.gated_mlp import Activation, gated_mlp
 from qlora.kernels.lora_linears import FrozenLinear, lora_linears
+from qlora.kernels.norms import SOURCE, fuse_rms_norms
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 BLOCK = ("gate_proj", "up_proj", "down_proj")
@@ -37,6 +38,8 @@ class Fused:
     """Adapter layers on the fused path."""
     blocks: int
     """Feed-forward blocks fused whole; their linears count above too."""
+    norms: int
+    """RMS norms in one kernel; what reads their output keeps their input in its place."""
     plain: dict[str, int]
     """Why adapter layers keep PEFT's forward → how many."""
 
@@ -45,6 +48,7 @@ def fuse(model: nn.Module) -> Fused:
     """Put the adapter layers of a PEFT model with one adapter on the fused path, where they can be."""
     plain: Counter[str] = Counter()
     linears = blocks = 0
+    norms = fuse_rms_norms(model, device=next(model.parameters()).device.type, note_source=True)
     for parent in list(model.modules()):
         children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
         reasons = {name: reason for name, child in children.items() if (reason := obstacle(child))}
@@ -58,7 +62,7 @@ def fuse(model: nn.Module) -> Fused:
                 _SharedInput(members)
         if all(name in layers for name in BLOCK):
             blocks += _fuse_block(parent, [layers[name] for name in BLOCK])
-    return Fused(linears, blocks, dict(plain))
+    return Fused(linears, blocks, norms, dict(plain))
 
 
 def obstacle(layer: LoraLayer) -> str | None:
@@ -135,6 +139,7 @@ class _SharedInput:
                 x.reshape(-1, x.shape[-1]),
                 [member.frozen for member in self._members],
                 [member.matrices for member in self._members],
+                getattr(x, SOURCE, None),
             )
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
@@ -153,7 +158,8 @@ def _fuse_block(block: nn.Module, layers: Sequence[_Layer]) -> bool:
         gate, up, down = (layer.frozen for layer in layers)
         with torch.autocast(x.device.type, enabled=False):
             matrices = [layer.matrices for layer in layers]
-            return gated_mlp(x.reshape(-1, x.shape[-1]), (gate, up, down), matrices, activation).view(x.shape)
+            flat, source = x.reshape(-1, x.shape[-1]), getattr(x, SOURCE, None)
+            return gated_mlp(flat, (gate, up, down), matrices, activation, source).view(x.shape)
 
     base: Any = layers[0].module.get_base_layer()
     dtype = base.compute_dtype if layers[0].quantized else base.weight.dtype

@@ -123,6 +123,30 @@ def test_a_block_of_another_formula_is_not_fused():
     compare(model, 14, 0)
 
 
+def test_a_layer_keeps_nothing_twice():
+    """Of each layer: both norms' inputs with their scales, q, k, v, attention's output, and what gate and up gave."""
+    model = model_of("llama")
+    fuse(model)
+    tokens = 17 * 2
+    kept: dict[int, int] = {}
+
+    def note(tensor):
+        if tensor.numel() >= tokens and tensor.dtype.is_floating_point and not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes() // 4 // tokens
+        return tensor
+
+    layer = model.base_model.model.model.layers[0]
+    x = torch.randn(2, 17, 64, requires_grad=True)
+    places = model.base_model.model.model.rotary_emb(x, torch.arange(17)[None])
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        layer(x, position_embeddings=places)
+    widths = sum(width for width in kept.values())
+    hidden, keys, inner = 64, 32, 128
+    # Rotary embeddings of transformers keep nothing but cos and sin; SDPA on a CPU keeps q, k, v and its output.
+    # Beside these, numbers per token: cos and sin, the norms' scales, the normalisers of attention.
+    assert widths <= 3 * hidden + (hidden + 2 * keys) + 2 * inner + 24
+
+
 def test_with_checkpointing_gradients_stay():
     model = model_of("llama")
     _, expected = loss_and_gradients(model)
