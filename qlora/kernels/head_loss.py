@@ -1,0 +1,105 @@
+"""Cross-entropy of a frozen output head, without logits of more than a few tokens in memory.
+
+    loss = c · Σ_n (log Σ_v exp(z_nv) − z_n,target),  z = h·Wᵀ
+
+The head does not learn, so that the loss needs one thing of it in the backward, dh = c · (softmax(z) − onehot)·W, and
+that is computed with the loss, tile by tile: two products with the head instead of three, and logits once.
+
+Shapes: N tokens that are predicted, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without Triton
+    triton = None
+
+# Bytes of the logits that exist at a time, and elements of a row that a program of the kernel holds.
+TILE_BYTES = 2**29
+BLOCK = 4096
+
+
+def head_loss(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, scale: torch.Tensor | float
+) -> torch.Tensor:
+    """fp32 scalar: `scale` times the summed cross-entropy of h·Wᵀ against `targets_N` (int64).
+
+    Differentiable in `hidden_ND` alone; `weight_VD`, in the same dtype, must not require a gradient.
+    """
+    assert not weight_VD.requires_grad, "a head that learns has a gradient of its own"
+    scale = torch.as_tensor(scale, dtype=torch.float32, device=hidden_ND.device)
+    return _HeadLoss.apply(hidden_ND, weight_VD, targets_N, scale)
+
+
+class _HeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        tokens, vocabulary = len(hidden_ND), len(weight_VD)
+        tile = max(1, TILE_BYTES // (vocabulary * hidden_ND.element_size()))
+        loss_N = torch.empty(tokens, dtype=torch.float32, device=hidden_ND.device)
+        learns = ctx.needs_input_grad[0]
+        grad_ND = torch.empty_like(hidden_ND) if learns else None
+        for start in range(0, tokens, tile):
+            some = slice(start, start + tile)
+            logits_nV = hidden_ND[some] @ weight_VD.T
+            loss_and_gradient_(logits_nV, targets_N[some], loss_N[some])
+            if grad_ND is not None:
+                torch.mm(logits_nV, weight_VD, out=grad_ND[some])
+        if grad_ND is not None:
+            ctx.save_for_backward(grad_ND, scale)
+        return loss_N.sum() * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        grad_ND, scale = ctx.saved_tensors
+        return grad_ND * (grad * scale).to(grad_ND.dtype), None, None, None
+
+
+def loss_and_gradient_(logits_NV: torch.Tensor, targets_N: torch.Tensor, loss_N: torch.Tensor) -> None:
+    """Write each token's cross-entropy to `loss_N` (fp32) and softmax − onehot over the logits."""
+    if logits_NV.is_cuda and triton is not None:
+        _kernel[(len(logits_NV),)](
+            logits_NV, targets_N, loss_N, logits_NV.shape[1], logits_NV.stride(0), BLOCK=BLOCK, num_warps=16
+        )
+        return
+    wide_NV = logits_NV.float()
+    total_N = torch.logsumexp(wide_NV, dim=-1)
+    chosen_N1 = targets_N[:, None]
+    loss_N.copy_(total_N - wide_NV.gather(1, chosen_N1)[:, 0])
+    wide_NV.sub_(total_N[:, None]).exp_()
+    wide_NV.scatter_add_(1, chosen_N1, torch.full_like(chosen_N1, -1, dtype=torch.float32))
+    logits_NV.copy_(wide_NV)
+
+
+if triton is not None:
+
+    @triton.jit
+    def _kernel(logits_ptr, targets_ptr, loss_ptr, vocabulary, stride, BLOCK: tl.constexpr):
+        """One program per token: the maximum and the sum in one pass over its logits, their gradient in a second."""
+        row = tl.program_id(0).to(tl.int64)
+        logits_ptr += row * stride
+        target = tl.load(targets_ptr + row)
+        largest = float("-inf")
+        total = 0.0
+        for start in range(0, vocabulary, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            z = tl.load(logits_ptr + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+            larger = tl.maximum(largest, tl.max(z, axis=0))
+            total = total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger), axis=0)
+            largest = larger
+        log_total = largest + tl.log(total)
+        tl.store(loss_ptr + row, log_total - tl.load(logits_ptr + target).to(tl.float32))
+        tl.debug_barrier()
+        for start in range(0, vocabulary, BLOCK):
+            column = start + tl.arange(0, BLOCK)
+            z = tl.load(logits_ptr + column, mask=column < vocabulary, other=0.0).to(tl.float32)
+            gradient = tl.exp(z - log_total) - tl.where(column == target, 1.0, 0.0)
+            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < vocabulary)
