@@ -67,7 +67,7 @@ def loss_and_gradient_(logits_NV: torch.Tensor, targets_N: torch.Tensor, loss_N:
     """Write each token's cross-entropy to `loss_N` (fp32) and softmax − onehot over the logits."""
     if logits_NV.is_cuda and triton is not None:
         _kernel[(len(logits_NV),)](
-            logits_NV, targets_N, loss_N, logits_NV.shape[1], logits_NV.stride(0), BLOCK=BLOCK, num_warps=16
+            logits_NV, targets_N, loss_N, logits_NV.stride(0), VOCABULARY=logits_NV.shape[1], BLOCK=BLOCK, num_warps=16
         )
         return
     wide_NV = logits_NV.float()
@@ -82,24 +82,24 @@ def loss_and_gradient_(logits_NV: torch.Tensor, targets_N: torch.Tensor, loss_N:
 if triton is not None:
 
     @triton.jit
-    def _kernel(logits_ptr, targets_ptr, loss_ptr, vocabulary, stride, BLOCK: tl.constexpr):
+    def _kernel(logits_ptr, targets_ptr, loss_ptr, stride, VOCABULARY: tl.constexpr, BLOCK: tl.constexpr):
         """One program per token: the maximum and the sum in one pass over its logits, their gradient in a second."""
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * stride
         target = tl.load(targets_ptr + row)
         largest = float("-inf")
         total = 0.0
-        for start in range(0, vocabulary, BLOCK):
+        for start in range(0, VOCABULARY, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits_ptr + column, mask=column < vocabulary, other=float("-inf")).to(tl.float32)
+            z = tl.load(logits_ptr + column, mask=column < VOCABULARY, other=float("-inf")).to(tl.float32)
             larger = tl.maximum(largest, tl.max(z, axis=0))
             total = total * tl.exp(largest - larger) + tl.sum(tl.exp(z - larger), axis=0)
             largest = larger
         log_total = largest + tl.log(total)
         tl.store(loss_ptr + row, log_total - tl.load(logits_ptr + target).to(tl.float32))
         tl.debug_barrier()
-        for start in range(0, vocabulary, BLOCK):
+        for start in range(0, VOCABULARY, BLOCK):
             column = start + tl.arange(0, BLOCK)
-            z = tl.load(logits_ptr + column, mask=column < vocabulary, other=0.0).to(tl.float32)
+            z = tl.load(logits_ptr + column, mask=column < VOCABULARY, other=0.0).to(tl.float32)
             gradient = tl.exp(z - log_total) - tl.where(column == target, 1.0, 0.0)
-            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < vocabulary)
+            tl.store(logits_ptr + column, gradient.to(logits_ptr.dtype.element_ty), mask=column < VOCABULARY)
