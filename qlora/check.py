@@ -7,6 +7,7 @@ of each stage, and says which serving engines will load the result.
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -36,13 +37,14 @@ from qlora.quantization.preview import (
 )
 from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
-from qlora.training.sft import Steps, plan_steps, sft_config
+from qlora.training.schedule import Schedule
+from qlora.training.sft import make_schedule, sft_config
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 ADVICE = {
-    "train": "lower train.micro_batch_size or data.max_length, keep train.gradient_checkpointing, or free memory",
+    "train": "lower train.micro_batch_tokens or data.max_length, keep train.gradient_checkpointing, or free memory",
     "merge": "free memory, or set device: cpu for this stage",
     "quantize": "lower quantize.calibration.max_length or samples, or free memory",
     "refine": "lower quantize.refine.tokens_per_step, set quantize.refine: null, or free memory",
@@ -121,11 +123,10 @@ def check(recipe: Recipe) -> CheckReport:
     if train is None or not train.rows:
         return report
     lengths = [len(row.input_ids) for row in train.rows]
-    steps = attempt(plan_steps, recipe, lengths, recipe.train.processes)
-    # One row a step: train.args are then looked at whatever plan_steps said about the batch size.
-    one_row = recipe.train.model_copy(update={"batch_size": 1, "tokens_per_step": None, "micro_batch_size": 1})
-    trial = recipe.model_copy(update={"train": one_row})
-    attempt(sft_config, trial, [1], device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
+    schedule = attempt(make_schedule, recipe, lengths, recipe.train.processes, device, padded=False)
+    # Any schedule: train.args are looked at whatever was said about the batch size.
+    one_row = Schedule([1], rows_per_step=1, forwards=1, processes=1, seed=0)
+    attempt(sft_config, recipe, one_row, device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
     held_out = evaluation.rows if evaluation else ()
     assert tokenizer is not None, "rows were rendered with it"
     calibration = attempt(preview_calibration, recipe, train.rows, tokenizer, held_out)
@@ -133,10 +134,10 @@ def check(recipe: Recipe) -> CheckReport:
         report.calibration = calibration.parts
         if shapes is not None:
             report.warnings += attempt(starved_linears, recipe, shapes, calibration.rows) or []
-    if steps is None or calibration is None or shapes is None or adapter is None:
+    if schedule is None or calibration is None or shapes is None or adapter is None:
         return report
-    work, report.steps = _workload(recipe, steps, train.rows, calibration, evaluation)
-    report.rows_per_step = steps.batch_size
+    work, report.steps = _workload(recipe, schedule, train.rows, calibration, evaluation)
+    report.rows_per_step = schedule.rows_per_step
     report.stages = attempt(estimate_stages, recipe, shapes, adapter, work, report.machine) or []
     report.shortfalls = _shortfalls(report)
     return report
@@ -251,24 +252,20 @@ def _look_at_data(
 
 def _workload(
     recipe: Recipe,
-    steps: Steps,
+    schedule: Schedule,
     train: Sequence[RenderedRow],
     calibration: CalibrationPreview,
     evaluation: PreparedData | None,
 ) -> tuple[Workload, int]:
     """Tokens per stage, and the number of optimizer steps."""
     lengths = [len(row.input_ids) for row in train]
-    mean = sum(lengths) / len(lengths)
-    longest = recipe.data.max_length if recipe.data.packing else max(lengths)
-    # Packed, a row of the trainer is a sequence of max_length, which holds several of the recipe's rows.
-    rows = sum(lengths) / recipe.data.max_length if recipe.data.packing else len(lengths)
-    row_tokens = recipe.data.max_length if recipe.data.packing else mean
-    count = recipe.train.max_steps or max(1, round(rows * recipe.train.epochs / steps.batch_size))
+    per_epoch = schedule.steps_per_epoch
+    count = recipe.train.max_steps or max(1, math.ceil(per_epoch * recipe.train.epochs))
     held_out = evaluation.rows[: recipe.evaluate.rows] if evaluation else []
     work = Workload(
-        train_tokens=round(count * steps.batch_size * row_tokens),
+        train_tokens=round(count * sum(lengths) / per_epoch),
         train_sequence=sum(length**2 for length in lengths) / sum(lengths),
-        micro_batch_tokens=recipe.train.micro_batch_size * longest,
+        micro_batch_tokens=schedule.longest(1),
         calibration=Rows.of(row.input_ids for row in calibration.rows),
         refinement=Rows.of(row.input_ids for row in calibration.refinement) if calibration.refinement else None,
         evaluation=Rows.of(row.input_ids for row in held_out),

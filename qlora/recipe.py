@@ -24,8 +24,8 @@ REFUSED_TRAIN_ARGS: dict[str, str] = {
     "dataset_text_field": "rows arrive tokenised; use data.train[].format",
     "chat_template_path": "training, calibration and evaluation share one template; use data.chat_template",
     "max_length": "rows arrive tokenised and cut; use data.max_length",
-    "packing": "use data.packing",
-    "padding_free": "use data.packing",
+    "packing": "rows are packed by themselves; use train.micro_batch_tokens",
+    "padding_free": "rows are packed by themselves; use train.micro_batch_tokens",
     "eos_token": "the tokenizer and template decide where answers end; use data.chat_template",
     "pad_token": "pad tokens never reach labels, Hessians or metrics, whatever they are",
     "model_init_kwargs": "the base is loaded from the model section, so that the merge can reproduce it",
@@ -44,8 +44,8 @@ REFUSED_TRAIN_ARGS: dict[str, str] = {
     "eval_steps": "use train.evaluate_every",
     "load_best_model_at_end": "the adapter of the last step is what is merged and measured",
     "gradient_checkpointing": "use train.gradient_checkpointing",
-    "per_device_train_batch_size": "use train.micro_batch_size",
-    "gradient_accumulation_steps": "it follows from train.batch_size and train.micro_batch_size",
+    "per_device_train_batch_size": "use train.micro_batch_tokens",
+    "gradient_accumulation_steps": "it follows from train.batch_size and train.micro_batch_tokens",
     "remove_unused_columns": "the trainer feeds exactly input_ids and labels",
     "use_liger_kernel": "TRL's deprecated switch; kernels are chosen by the training path",
     "disable_tqdm": "progress is shown by qlora",
@@ -107,8 +107,6 @@ class Data(Section):
     """Tokens per row; what lies beyond is handled by `overlong`."""
     overlong: Literal["truncate", "drop"] = "truncate"
     """Cut rows that are too long on the right, or leave them out. Either is counted and reported."""
-    packing: bool = False
-    """Lay several rows into one sequence of max_length without letting them see each other (TRL's bfd packing)."""
     chat_template: str | None = None
     """A named template (chatml, llama-3, …) or a .jinja file. Default: the tokenizer's own."""
 
@@ -149,8 +147,8 @@ class Train(Section):
     """Rows per optimizer step, over all processes. Default 16, unless tokens_per_step is given."""
     tokens_per_step: PositiveInt | None = None
     """Instead of batch_size: tokens per optimizer step; rows per step follow from the mean row length."""
-    micro_batch_size: PositiveInt = 1
-    """Rows per forward pass and process. Larger is faster until memory runs out."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Tokens per forward pass and process, into which rows are packed; null: 8,192 on a GPU, 2,048 on a CPU."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"

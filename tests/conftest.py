@@ -104,7 +104,6 @@ def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
                 "max_steps": 6,
                 "epochs": 100,
                 "batch_size": 4,
-                "micro_batch_size": 4,
                 "learning_rate": 0.01,
                 "gradient_checkpointing": False,
                 "checkpoint_every": 2,

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -73,7 +74,7 @@ def make(model_dir: Path, data_dir: Path, tmp_path: Path):
                 "train": [{"path": str(data_dir / "train.jsonl")}],
                 "eval": {"path": str(data_dir / "eval.jsonl")},
             },
-            "train": {"batch_size": 4, "micro_batch_size": 2, "epochs": 2},
+            "train": {"batch_size": 4, "micro_batch_tokens": 64, "epochs": 2},
             "quantize": {"group_size": 32, "refine": None},
         }
         for name, values in sections.items():
@@ -119,7 +120,7 @@ def test_all_problems_come_at_once_with_exit_code_2(make, data_dir: Path) -> Non
     report = check(
         make(
             quantize={"group_size": 128},
-            train={"batch_size": 3, "args": {"no_such_field": 1}},
+            train={"batch_size": 3, "processes": 4, "args": {"no_such_field": 1}},
             lora={"target_modules": ["no_such_layer"]},
             data={"eval": {"path": str(data_dir / "evil.jsonl")}},
         )
@@ -139,12 +140,14 @@ def test_all_problems_come_at_once_with_exit_code_2(make, data_dir: Path) -> Non
         assert expected in text, text
 
 
-def test_what_does_not_fit_ends_with_exit_code_4(make) -> None:
-    report = check(make(train={"batch_size": 10**9, "micro_batch_size": 10**9}))
+def test_what_does_not_fit_ends_with_exit_code_4(make, monkeypatch) -> None:
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10**6))
+    report = check(make())
     with pytest.raises(WillNotFit) as raised:
         printed(report)
     assert raised.value.exit_code == 4
-    assert "train needs about" in str(raised.value) and "train.micro_batch_size" in str(raised.value)
+    assert "train needs about" in str(raised.value) and "train.micro_batch_tokens" in str(raised.value)
 
 
 def test_a_missing_base_does_not_hide_problems_of_the_data(make, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ def test_every_stage_answers_the_fact(tiny_recipe):
     recipe = load_recipe(
         tiny_recipe(
             lora={"r": 16, "alpha": 32},
-            train={"max_steps": 120, "batch_size": 8, "micro_batch_size": 8, "learning_rate": 0.005, "warmup_steps": 5},
+            train={"max_steps": 120, "batch_size": 8, "learning_rate": 0.005, "warmup_steps": 5},
             evaluate={"generate": True, "max_new_tokens": 24, "gates": {"exact_match": 1.0, "gain_retained": 0.95}},
         ),
         ["train.checkpoint_every=1000"],

@@ -88,7 +88,7 @@ def finished(tmp_path_factory, tiny_model, facts_file, eval_file):
         "device": "cpu",
         "model": {"base": str(tiny_model)},
         "data": {"train": [{"path": str(facts_file)}], "eval": {"path": str(eval_file)}, "max_length": 96},
-        "train": {"max_steps": 12, "epochs": 100, "batch_size": 4, "micro_batch_size": 2, "learning_rate": 0.005},
+        "train": {"max_steps": 12, "epochs": 100, "batch_size": 4, "micro_batch_tokens": 64, "learning_rate": 0.005},
         "quantize": {"group_size": 32, "calibration": {"samples": 8}, "refine": {"steps": 5}},
         "evaluate": {"gates": {"merge_kl": None}},
     }
@@ -169,7 +169,12 @@ def test_the_content_of_calibration_text_and_templates_counts_not_their_paths(
         ["lora.target_modules=[q_proj, v_proj]", "lora.dropout=0.1", "lora.dtype=bfloat16"],
         ["lora.modules_to_save=[norm]", "lora.bias=all"],
         ["merge.dtype=float32", "quantize.bits=3", "quantize.sym=false", "quantize.group_size=-1"],
-        ["data.packing=true", "train.batch_size=null", "train.tokens_per_step=96", "train.gradient_checkpointing=true"],
+        [
+            "train.kernels=plain",
+            "train.batch_size=null",
+            "train.tokens_per_step=96",
+            "train.gradient_checkpointing=true",
+        ],
         ["data.loss_on=all", "train.evaluate_every=3", "train.args={neftune_noise_alpha: 5}"],
         ["quantize.asymmetric_calibration=1", "quantize.prompt_weight=0.25"],
     ],

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 import torch
@@ -18,14 +19,18 @@ from bitsandbytes.nn import Linear4bit
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora.kernels.four_bit import FourBitWeight
 from qlora.kernels.gated_mlp import Activation, gated_mlp
+from qlora.kernels.head_loss import head_loss
 from qlora.kernels.lora_linears import FrozenLinear, lora_linears
 from qlora.kernels.norms import SOURCE, fuse_rms_norms
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 BLOCK = ("gate_proj", "up_proj", "down_proj")
+# What a batch says to a fused head: tokens to predict, and the positions that predict them.
+HEAD_INPUTS = ("targets", "predicting")
 # Relative, of a block against its own forward: two orders of rounding in the dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.005}
 
@@ -63,6 +68,52 @@ def fuse(model: nn.Module) -> Fused:
         if all(name in layers for name in BLOCK):
             blocks += _fuse_block(parent, [layers[name] for name in BLOCK])
     return Fused(linears, blocks, norms, dict(plain))
+
+
+def fuse_head(model: Any) -> str | None:
+    """Have a PEFT model compute its loss from `HEAD_INPUTS` where a batch has them; why not, if it cannot.
+
+    The batch's other inputs, and batches without, go the model's own way.
+    """
+    causal = model.get_base_model()
+    decoder, head = getattr(causal, causal.base_model_prefix, None), causal.get_output_embeddings()
+    if decoder is None or type(head) is not nn.Linear:
+        return "an output head of another kind"
+    if head.weight.requires_grad or head.bias is not None:
+        return "an output head that learns or has a bias"
+    plain = causal.forward
+
+    @wraps(type(causal).forward)  # by its signature transformers tells what `generate` may pass
+    def forward(
+        *args: Any,
+        targets: torch.Tensor | None = None,
+        predicting: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if targets is None or predicting is None:
+            given = {"labels": labels, "num_items_in_batch": num_items_in_batch}
+            return plain(*args, **kwargs, **{key: value for key, value in given.items() if value is not None})
+        hidden_BTD = decoder(*args, **kwargs).last_hidden_state
+        hidden_ND = hidden_BTD.flatten(0, 1).index_select(0, predicting)
+        count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch)
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            weight_VD = head.weight.to(hidden_ND.dtype)
+            loss = head_loss(hidden_ND, weight_VD, targets, 1 / count.clamp(min=1))
+        return CausalLMOutputWithPast(loss=loss)  # type: ignore[arg-type]
+
+    ids_BT = torch.arange(8, device=head.weight.device)[None] % head.out_features
+    trains = model.training
+    model.eval()
+    with torch.no_grad():
+        expected = plain(input_ids=ids_BT).logits
+        found = decoder(input_ids=ids_BT).last_hidden_state @ head.weight.T
+    model.train(trains)
+    if (found - expected).float().norm() > TOLERANCE[head.weight.dtype] * expected.float().norm():
+        return "an output head that does more than multiply"
+    causal.forward = forward
+    return None
 
 
 def obstacle(layer: LoraLayer) -> str | None:

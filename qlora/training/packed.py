@@ -22,10 +22,16 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "qlora_packed"
 IGNORED = -100
+# Of logits, where rows see each other; orders of rounding are far below it, in bf16 too.
+LEAK = 0.1
 
 
-def pack(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, torch.Tensor | int]:
-    """(token ids, labels) of each row → what a model's forward takes: [1, T] tensors, and where rows begin and end.
+Tokens = tuple[Sequence[int], Sequence[int]]
+"""Token ids and labels of a row."""
+
+
+def pack(rows: Sequence[Tokens]) -> dict[str, Any]:
+    """Rows end to end, as a model's forward takes them: [1, T] tensors, where rows begin and end, and `_predicted`.
 
     The first label of a row is never predicted: the token before it is of another row.
     """
@@ -34,23 +40,75 @@ def pack(rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> dict[str, torch
     ends = torch.tensor(starts, dtype=torch.int32)
     return {
         "input_ids": torch.tensor([token for ids, _ in rows for token in ids])[None],
-        "labels": torch.tensor([label for _, labels in rows for label in (IGNORED, *labels[1:])])[None],
         "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in rows])[None],
         "cu_seq_lens_q": ends,
         "cu_seq_lens_k": ends,
         "max_length_q": longest,
         "max_length_k": longest,
-    }
+    } | _predicted([(IGNORED, *labels[1:]) for _, labels in rows])
 
 
-def allow_packed(model: PreTrainedModel) -> None:
-    """Have this model's attention understand packed batches. Its `sdpa` attention otherwise; refused for another."""
+def pad(rows: Sequence[Tokens]) -> dict[str, Any]:
+    """Rows below each other, each filled up on the right: [rows, longest] tensors, and `_predicted`."""
+    longest = max(len(ids) for ids, _ in rows)
+    lengths = torch.tensor([len(ids) for ids, _ in rows])
+    return {
+        "input_ids": torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids, _ in rows]),
+        "attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+    } | _predicted([(*labels, *[IGNORED] * (longest - len(labels))) for _, labels in rows], rows=len(rows))
+
+
+def _predicted(labels: Sequence[Sequence[int]], rows: int = 1) -> dict[str, torch.Tensor]:
+    """Labels [rows, length], and the tokens that are predicted (`targets`) with where they are predicted from.
+
+    `predicting` counts positions of all rows, one row after the other.
+    """
+    flat = torch.tensor([label for row in labels for label in row])
+    starts = torch.zeros(len(flat), dtype=torch.bool)
+    starts[:: len(flat) // rows] = True
+    places = ((flat != IGNORED) & ~starts).nonzero()[:, 0]
+    return {"labels": flat.view(rows, -1), "targets": flat[places], "predicting": places - 1}
+
+
+def allow_packed(model: PreTrainedModel) -> str | None:
+    """Have this model's attention understand packed batches, beside all others; why not, if it cannot.
+
+    It can where packed rows come out as they do alone, on a trial.
+    """
     if model.config._attn_implementation != "sdpa":
-        raise ValueError(f"attention {model.config._attn_implementation}; only sdpa can be packed")
+        return f"attention is {model.config._attn_implementation}, not sdpa"
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
-    model.register_forward_pre_hook(_note_packing, with_kwargs=True)
+    hook = model.register_forward_pre_hook(_note_packing, with_kwargs=True)
+    if _packs_exactly(model):
+        return None
+    hook.remove()
+    model.set_attn_implementation("sdpa")
+    return f"{type(model).__name__} does not keep packed rows apart"
+
+
+def _packs_exactly(model: PreTrainedModel) -> bool:
+    ids = torch.arange(24).mul(7).remainder(model.config.get_text_config().vocab_size).tolist()
+    rows: list[Tokens] = [(ids[:5], ids[:5]), (ids[5:], ids[5:])]
+    inputs = {key: value for key, value in pack(rows).items() if key not in ("labels", "targets", "predicting")}
+    inputs = {
+        key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in inputs.items()
+    }
+    trains = model.training
+    model.eval()
+    with torch.no_grad():
+        try:
+            together = model(**inputs, use_cache=False).logits[0].float()
+        except (TypeError, ValueError):  # a forward that does not hand these inputs on
+            return False
+        finally:
+            model.train(trains)
+        model.eval()
+        alone = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0].float() for ids, _ in rows]
+        model.train(trains)
+    difference = (together - torch.cat(alone)).norm() / together.norm()
+    return bool(difference < LEAK)
 
 
 _packed = False
@@ -87,7 +145,7 @@ def _attention(
         )
     if dropout or kwargs.get("softcap") is not None:
         raise ValueError("packed attention has neither dropout nor a soft cap")
-    attend = _by_kernel if query.is_cuda else _row_by_row
+    attend = _by_kernel if query.is_cuda and query.dtype != torch.float32 else _row_by_row
     output_THD = attend(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
@@ -134,7 +192,7 @@ def _row_by_row(
         query, key, value = (x[start:stop].transpose(0, 1)[None] for x in (query_THD, key_THD, value_THD))
         mask = None
         if window is not None and stop - start > window:
-            place = torch.arange(stop - start)
+            place = torch.arange(stop - start, device=query.device)
             back = place[:, None] - place[None, :]
             mask = (back >= 0) & (back < window)
         output = scaled_dot_product_attention(

@@ -7,16 +7,17 @@ last complete checkpoint with the same data order, and writes the adapter with `
 from __future__ import annotations
 
 import logging
+import math
+import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from transformers import PrinterCallback, set_seed
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
 from qlora.artifacts import read_json, write_json
 from qlora.data.rendering import RenderedRow
@@ -26,42 +27,48 @@ from qlora.models.loading import DTYPES, attach_adapter, load_base
 from qlora.models.provenance import QuantizationSettings, write_provenance
 from qlora.recipe import Recipe
 from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
-from qlora.training.fused import fuse
+from qlora.training.fused import fuse, fuse_head
+from qlora.training.packed import allow_packed
+from qlora.training.schedule import Schedule, plan_schedule
+from qlora.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Steps:
-    """How rows are divided into optimizer steps."""
-
-    micro_batch_size: int
-    accumulation: int
-    processes: int
-
-    @property
-    def batch_size(self) -> int:
-        return self.micro_batch_size * self.accumulation * self.processes
+# Positions of one forward pass, where the recipe leaves it open.
+FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
 
 
-def plan_steps(recipe: Recipe, row_tokens: Sequence[int], processes: int) -> Steps:
-    """Rows per forward and forwards per optimizer step, from batch_size or tokens_per_step.
-
-    Raises `UserError` if batch_size is not a multiple of micro_batch_size × processes.
-    """
+def rows_per_step(recipe: Recipe, row_tokens: Sequence[int], processes: int) -> int:
+    """Rows of an optimizer step, from batch_size or tokens_per_step; a UserError if processes would go without."""
     train = recipe.train
-    per_forward = train.micro_batch_size * processes
     if train.tokens_per_step is not None:
-        mean = sum(row_tokens) / len(row_tokens)
-        return Steps(train.micro_batch_size, max(1, round(train.tokens_per_step / mean / per_forward)), processes)
+        return max(processes, round(train.tokens_per_step * len(row_tokens) / sum(row_tokens)))
     batch_size = train.batch_size or 16
-    if batch_size % per_forward:
+    if batch_size < processes:
         raise UserError(
-            f"batch_size {batch_size} is not a multiple of micro_batch_size × processes = {per_forward}",
+            f"{batch_size} rows per step leave some of {processes} processes without a row",
             "train.batch_size",
-            f"make it a multiple of {per_forward}",
+            f"make it {processes} or more",
         )
-    return Steps(train.micro_batch_size, batch_size // per_forward, processes)
+    return batch_size
+
+
+def make_schedule(recipe: Recipe, row_tokens: Sequence[int], processes: int, device: str, *, padded: bool) -> Schedule:
+    """The whole run's forwards, of at most `train.micro_batch_tokens` positions."""
+    rows = rows_per_step(recipe, row_tokens, processes)
+    steps_per_epoch = -(-len(row_tokens) // rows)
+    steps = recipe.train.max_steps
+    epochs = math.ceil(recipe.train.epochs if steps is None else steps / steps_per_epoch)
+    return plan_schedule(
+        row_tokens,
+        rows_per_step=rows,
+        processes=processes,
+        seed=recipe.seed,
+        epochs=epochs,
+        most_tokens=recipe.train.micro_batch_tokens or FORWARD_TOKENS[torch.device(device).type],
+        padded=padded,
+    )
 
 
 def train_adapter(
@@ -107,15 +114,24 @@ def build_trainer(
     *,
     device: str,
     checkpoints: Path,
-) -> SFTTrainer:
-    """TRL's trainer over the 4-bit base with a fresh adapter and tokenised rows."""
+) -> Trainer:
+    """The 4-bit base with a fresh adapter, and the rows, in a trainer."""
     model = attach_adapter(load_base(base.directory, recipe.model, device, quantized=True), recipe.lora)
-    train_set = _dataset(rows)
-    config = sft_config(recipe, [len(row.input_ids) for row in rows], device, checkpoints, has_eval=bool(eval_rows))
-    trainer = SFTTrainer(
+    fast = recipe.train.kernels == "auto"
+    cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
+    plain_head = fuse_head(model) if fast else "train.kernels: plain"
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    schedule = make_schedule(
+        recipe, [len(row.input_ids) for row in rows], processes, device, padded=cannot_pack is not None
+    )
+    trainer = Trainer(
+        rows=rows,
+        schedule=schedule,
+        packed=cannot_pack is None,
+        own_head=plain_head is None,
         model=model,
-        args=config,
-        train_dataset=train_set,
+        args=sft_config(recipe, schedule, device, checkpoints, has_eval=bool(eval_rows)),
+        train_dataset=_dataset(rows),
         eval_dataset=_dataset(eval_rows) if eval_rows and recipe.train.evaluate_every else None,
         processing_class=tokenizer,
     )
@@ -123,32 +139,32 @@ def build_trainer(
     # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
     for parameter in trainable(trainer):
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
-    if recipe.train.kernels == "auto" and device.startswith("cuda"):
-        fused = fuse(model)
-        for reason, layers in fused.plain.items():
+    if fast:
+        for what, reason in (("rows are padded", cannot_pack), ("TRL computes the loss", plain_head)):
+            if reason:
+                log.info("%s: %s", what, reason)
+    if fast and device.startswith("cuda"):
+        for reason, layers in fuse(model).plain.items():
             log.info("%d adapter layers train on the plain path: %s", layers, reason)
     return trainer
 
 
-def trainable(trainer: SFTTrainer) -> list[torch.nn.Parameter]:
+def trainable(trainer: Trainer) -> list[torch.nn.Parameter]:
     """The parameters that the optimizer changes."""
     assert trainer.model is not None
     return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
-def sft_config(recipe: Recipe, row_tokens: Sequence[int], device: str, checkpoints: Path, has_eval: bool) -> SFTConfig:
+def sft_config(recipe: Recipe, schedule: Schedule, device: str, checkpoints: Path, has_eval: bool) -> SFTConfig:
     """The recipe's train section as TRL's SFTConfig."""
-    import os
-
     train = recipe.train
-    steps = plan_steps(recipe, row_tokens, int(os.environ.get("WORLD_SIZE", "1")))
     options: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "num_train_epochs": train.epochs,
         "max_steps": train.max_steps or -1,
-        "per_device_train_batch_size": steps.micro_batch_size,
+        "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": recipe.evaluate.batch_size,
-        "gradient_accumulation_steps": steps.accumulation,
+        "gradient_accumulation_steps": schedule.forwards,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.scheduler,
         "warmup_steps": train.warmup_steps,
@@ -159,15 +175,14 @@ def sft_config(recipe: Recipe, row_tokens: Sequence[int], device: str, checkpoin
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "bf16": recipe.model.compute_dtype == "bfloat16",
         "use_cpu": device == "cpu",
-        "max_length": None if not recipe.data.packing else recipe.data.max_length,
-        "packing": recipe.data.packing,
-        "eval_packing": False,
+        "max_length": None,
         "save_strategy": "steps",
         "save_steps": train.checkpoint_every,
         "save_total_limit": 2,
         "eval_strategy": "steps" if train.evaluate_every and has_eval else "no",
         "eval_steps": train.evaluate_every,
         "logging_steps": train.log_every,
+        "logging_nan_inf_filter": False,  # it waits for the GPU in every forward
         "include_num_input_tokens_seen": "no",
         "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": device.startswith("cuda"),
@@ -188,7 +203,7 @@ def _dataset(rows: Sequence[RenderedRow]) -> Dataset:
     return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
 
 
-def _write_adapter(trainer: SFTTrainer, tokenizer: Any, base: Base, output: Path) -> None:
+def _write_adapter(trainer: Trainer, tokenizer: Any, base: Base, output: Path) -> None:
     model = trainer.accelerator.unwrap_model(trainer.model)
     model.peft_config["default"].base_model_name_or_path = base.id
     model.save_pretrained(output, save_embedding_layers=False)
@@ -196,7 +211,7 @@ def _write_adapter(trainer: SFTTrainer, tokenizer: Any, base: Base, output: Path
     tokenizer.save_pretrained(output)
 
 
-def _write_provenance(trainer: SFTTrainer, recipe: Recipe, base: Base, output: Path) -> None:
+def _write_provenance(trainer: Trainer, recipe: Recipe, base: Base, output: Path) -> None:
     """Before the first step, so that a device that computes 4-bit layers wrongly is refused before it costs time."""
     write_provenance(
         trainer.accelerator.unwrap_model(trainer.model),

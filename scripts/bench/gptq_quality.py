@@ -108,7 +108,6 @@ def recipe_document(settings: dict[str, Any], seed: int) -> dict[str, Any]:
             "epochs": settings["epochs"],
             "max_steps": settings["max_steps"],
             "batch_size": 16,
-            "micro_batch_size": 16,
             "learning_rate": 4e-4,
             "warmup_steps": 20,
             "gradient_checkpointing": False,

@@ -102,7 +102,6 @@ def recipe_for(arguments: argparse.Namespace) -> dict:
         "train": {
             "epochs": arguments.epochs,
             "batch_size": 16,
-            "micro_batch_size": 16 if arguments.device != "cpu" else 4,
             "learning_rate": 4e-4,
             "warmup_steps": 20,
             "gradient_checkpointing": False,

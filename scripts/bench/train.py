@@ -129,7 +129,7 @@ def ours(job: dict[str, Any]) -> Any:
         "train": {
             "max_steps": job["steps"],
             "batch_size": job["micro_batch"],
-            "micro_batch_size": job["micro_batch"],
+            "micro_batch_tokens": job["micro_batch"] * job["length"],
             "scheduler": "constant",
             "learning_rate": 1e-4,
             "gradient_checkpointing": job["checkpointing"],

@@ -76,7 +76,8 @@ def test_figures_in_headers_and_table_are_those_of_the_formulas(path: Path) -> N
     shapes, calibration = model_shapes(model), recipe.quantize.calibration
     longest = Rows(calibration.samples * calibration.max_length, calibration.max_length)
     work = Workload(
-        train_tokens=1, train_sequence=1, micro_batch_tokens=recipe.train.micro_batch_size * recipe.data.max_length,
+        train_tokens=1, train_sequence=1,
+        micro_batch_tokens=max(recipe.train.micro_batch_tokens or 8192, recipe.data.max_length),
         calibration=longest, refinement=longest, evaluation=Rows(0, 0), eval_answer_tokens=0, eval_longest_answer=0,
     )  # fmt: skip
     machine = assumed_machine("cuda:0", "NVIDIA H100 80GB HBM3", 16)

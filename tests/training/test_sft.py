@@ -15,7 +15,7 @@ from qlora.evaluation.generation import generate
 from qlora.models.loading import load_base
 from qlora.recipe_file import load_recipe
 from qlora.stages import Run
-from qlora.training.sft import build_trainer, plan_steps
+from qlora.training.sft import build_trainer, rows_per_step
 
 
 @pytest.fixture
@@ -93,39 +93,60 @@ def test_the_batch_holds_the_rendered_labels_and_teaches_the_end_of_turn(trainer
         assert (labels[length:] == -100).all()
 
 
-def test_packed_rows_do_not_see_each_other(trainer_of):
-    """Loss and gradients of packed rows equal those of padded ones: fp32, so that only leaks could differ."""
-    fp32 = ("model.compute_dtype=float32", "train.micro_batch_size=8", "train.batch_size=8")
-    results = []
-    for packing in ("false", "true"):
-        trainer, _ = trainer_of(*fp32, f"data.packing={packing}")
-        randomize_adapter(trainer.model)
-        trainer.model.train()
-        losses, tokens = 0.0, 0
-        for batch in trainer.get_train_dataloader():
-            supervised = int((batch["labels"][:, 1:] != -100).sum())
-            loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(1))
-            loss.backward()
-            losses, tokens = losses + loss.item(), tokens + supervised
-        grads = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
-        results.append((losses, tokens, grads, len(trainer.train_dataset)))
-    (loss, tokens, grads, rows), (packed_loss, packed_tokens, packed_grads, sequences) = results
-    assert sequences < rows == 8
-    assert packed_tokens == tokens
-    assert packed_loss == pytest.approx(loss, rel=1e-5)
+def epoch_of(trainer) -> tuple[float, dict[str, torch.Tensor], list[int]]:
+    """Loss and gradients summed over the forwards of an epoch, and the tokens of each forward."""
+    randomize_adapter(trainer.model)
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss, tokens = 0.0, []
+    for batch in trainer.get_train_dataloader():
+        part = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(100))
+        part.backward()
+        loss += part.item()
+        tokens.append(batch["input_ids"].numel())
+    return loss, {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}, tokens
+
+
+@pytest.mark.parametrize("forward_tokens", [1, 60, 10**6])
+def test_packed_rows_and_the_fused_head_learn_what_the_plain_path_learns(trainer_of, forward_tokens):
+    """fp32, so that only leaks between rows and forgotten tokens could differ."""
+    fp32 = ("model.compute_dtype=float32", "train.batch_size=8")
+    plain, run = trainer_of(*fp32, "train.kernels=plain")
+    fast, _ = trainer_of(*fp32, f"train.micro_batch_tokens={forward_tokens}")
+    assert (plain.packed, plain.own_head, fast.packed, fast.own_head) == (False, False, True, True)
+    loss, grads, tokens = epoch_of(plain)
+    fast_loss, fast_grads, fast_tokens = epoch_of(fast)
+    assert sum(fast_tokens) == sum(len(row.input_ids) for row in run.train_rows.rows) < sum(tokens)
+    assert (len(fast_tokens) == len(run.train_rows.rows)) == (forward_tokens == 1)
+    assert fast_loss == pytest.approx(loss, rel=1e-5)
     for name, gradient in grads.items():
-        torch.testing.assert_close(packed_grads[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
+        torch.testing.assert_close(fast_grads[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
-def test_steps_follow_from_the_recipe(tiny_recipe):
-    def steps(*overrides: str, processes: int = 1):
-        return plan_steps(load_recipe(tiny_recipe(), overrides), [10, 20, 30], processes)
+def test_what_trl_computes_differently_is_left_to_it(trainer_of):
+    trainer, _ = trainer_of("train.args={loss_type: dft}")
+    assert trainer.packed and not trainer.own_head
+    assert "targets" not in next(iter(trainer.get_train_dataloader()))
 
-    assert steps("train.batch_size=8", "train.micro_batch_size=2").accumulation == 4
-    assert steps("train.batch_size=8", "train.micro_batch_size=2", processes=2).accumulation == 2
-    assert steps("train.batch_size=null", "train.tokens_per_step=400").batch_size == 20
-    with pytest.raises(UserError, match="not a multiple"):
-        steps("train.batch_size=10", "train.micro_batch_size=4")
+
+def test_a_process_without_rows_runs_a_token_and_learns_nothing(trainer_of):
+    trainer, _ = trainer_of()
+    batch = trainer._collate([])
+    loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(10))
+    loss.backward()
+    assert loss.item() == 0
+    assert all((p.grad == 0).all() for p in trainer.model.parameters() if p.requires_grad)
+
+
+def test_rows_of_a_step_follow_from_the_recipe(tiny_recipe):
+    def rows(*overrides: str, processes: int = 1):
+        return rows_per_step(load_recipe(tiny_recipe(), overrides), [10, 20, 30], processes)
+
+    assert rows("train.batch_size=10", processes=4) == 10
+    assert rows("train.batch_size=null", "train.tokens_per_step=400") == 20
+    assert rows("train.batch_size=null", "train.tokens_per_step=1", processes=2) == 2
+    with pytest.raises(UserError, match="without a row"):
+        rows("train.batch_size=2", processes=3)
 
 
 def test_unknown_train_args_are_refused(trainer_of):
@@ -154,7 +175,7 @@ def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, laun
     """Same rows per step on 1 and 2 processes, in fp32: the adapters agree. Only one process writes."""
     sections = {
         "model": {"compute_dtype": "float32"},
-        "train": {"max_steps": 3, "micro_batch_size": 2, "learning_rate": 1e-3},
+        "train": {"max_steps": 3, "micro_batch_tokens": 64, "learning_rate": 1e-3},
     }
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     script = Path(__file__).parents[2] / "scripts" / "train.py"
