@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from qlora.evaluation.contract import EngineVerdict, engine_support
 from qlora.models.estimates import estimate_stages
 from qlora.models.loading import load_tokenizer, pick_device
 from qlora.models.preview import Preview, preview_base
-from qlora.models.resources import Machine, Rows, StageEstimate, Workload, assumed_machine
+from qlora.models.resources import Machine, Rows, StageEstimate, Workload, machine_of
 from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, model_shapes, read_config, skeleton
 from qlora.quantization.external import check_options
 from qlora.quantization.preview import (
@@ -37,8 +36,8 @@ from qlora.quantization.preview import (
 )
 from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
-from qlora.training.schedule import Schedule
-from qlora.training.sft import make_schedule, sft_config
+from qlora.training.plan import TrainingPlan, plan_training, rows_per_step
+from qlora.training.sft import sft_config
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -88,6 +87,8 @@ class CheckReport:
     calibration: list[CalibrationPart] = field(default_factory=list)
     steps: int | None = None
     rows_per_step: int | None = None
+    training: str | None = None
+    """How a step is divided, and what is computed again."""
     stages: list[StageEstimate] = field(default_factory=list)
     engines: list[EngineVerdict] = field(default_factory=list)
     warnings: list[Problem] = field(default_factory=list)
@@ -113,7 +114,7 @@ def check(recipe: Recipe) -> CheckReport:
     problems: list[Problem] = []
     attempt = _Attempts(problems)
     device = attempt(pick_device, recipe.device) or "cpu"
-    report = CheckReport(recipe.name, _machine(device), _free(recipe, device), problems=problems)
+    report = CheckReport(recipe.name, machine_of(device), _free(recipe, device), problems=problems)
     base = attempt(preview_base, recipe.model.base, recipe.model.revision)
     shapes, adapter = _look_at_model(recipe, base, report, attempt) if base else (None, None)
     tokenizer = attempt(_tokenizer, base, recipe) if base else None
@@ -123,10 +124,13 @@ def check(recipe: Recipe) -> CheckReport:
     if train is None or not train.rows:
         return report
     lengths = [len(row.input_ids) for row in train.rows]
-    schedule = attempt(make_schedule, recipe, lengths, recipe.train.processes, device, padded=False)
-    # Any schedule: train.args are looked at whatever was said about the batch size.
-    one_row = Schedule([1], rows_per_step=1, forwards=1, processes=1, seed=0)
-    attempt(sft_config, recipe, one_row, device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
+    attempt(rows_per_step, recipe, lengths, recipe.train.processes)
+    attempt(sft_config, recipe, device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
+    plan = None
+    if shapes is not None and adapter is not None:
+        free = report.free.host if report.free.device is None else report.free.device
+        asked = (recipe, lengths, recipe.train.processes, shapes, adapter, report.machine, free)
+        plan = attempt(plan_training, *asked, padded=False)
     held_out = evaluation.rows if evaluation else ()
     assert tokenizer is not None, "rows were rendered with it"
     calibration = attempt(preview_calibration, recipe, train.rows, tokenizer, held_out)
@@ -134,10 +138,11 @@ def check(recipe: Recipe) -> CheckReport:
         report.calibration = calibration.parts
         if shapes is not None:
             report.warnings += attempt(starved_linears, recipe, shapes, calibration.rows) or []
-    if schedule is None or calibration is None or shapes is None or adapter is None:
+    if plan is None or calibration is None or shapes is None or adapter is None:
         return report
-    work, report.steps = _workload(recipe, schedule, train.rows, calibration, evaluation)
-    report.rows_per_step = schedule.rows_per_step
+    work, report.steps = _workload(recipe, plan, train.rows, calibration, evaluation)
+    report.rows_per_step = plan.schedule.rows_per_step
+    report.training = plan.text
     report.stages = attempt(estimate_stages, recipe, shapes, adapter, work, report.machine) or []
     report.shortfalls = _shortfalls(report)
     return report
@@ -252,20 +257,20 @@ def _look_at_data(
 
 def _workload(
     recipe: Recipe,
-    schedule: Schedule,
+    plan: TrainingPlan,
     train: Sequence[RenderedRow],
     calibration: CalibrationPreview,
     evaluation: PreparedData | None,
 ) -> tuple[Workload, int]:
     """Tokens per stage, and the number of optimizer steps."""
     lengths = [len(row.input_ids) for row in train]
-    per_epoch = schedule.steps_per_epoch
+    per_epoch = plan.schedule.steps_per_epoch
     count = recipe.train.max_steps or max(1, math.ceil(per_epoch * recipe.train.epochs))
     held_out = evaluation.rows[: recipe.evaluate.rows] if evaluation else []
     work = Workload(
         train_tokens=round(count * sum(lengths) / per_epoch),
         train_sequence=sum(length**2 for length in lengths) / sum(lengths),
-        micro_batch_tokens=schedule.longest(1),
+        largest_pass=plan.memory.largest,
         calibration=Rows.of(row.input_ids for row in calibration.rows),
         refinement=Rows.of(row.input_ids for row in calibration.refinement) if calibration.refinement else None,
         evaluation=Rows.of(row.input_ids for row in held_out),
@@ -306,14 +311,6 @@ def _notes(recipe: Recipe) -> list[Problem]:
     if recipe.evaluate.generate:
         notes.append(Problem("times leave out generating answers", "evaluate.generate"))
     return notes
-
-
-def _machine(device: str) -> Machine:
-    import torch
-
-    if device.startswith("cuda"):
-        return assumed_machine(device, torch.cuda.get_device_name(device), os.cpu_count() or 1)
-    return assumed_machine(device, "CPU", torch.get_num_threads())
 
 
 def _free(recipe: Recipe, device: str) -> Free:

@@ -100,3 +100,13 @@ def memory_in_use_gib(device: str) -> float:
 
     used = torch.cuda.max_memory_allocated() if device.startswith("cuda") else psutil.Process().memory_info().rss
     return used / GIB
+
+
+def free_for_training(device: str) -> int:
+    """Bytes of the device that are free or this process's own already."""
+    import psutil
+    import torch
+
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss

@@ -148,7 +148,9 @@ class Train(Section):
     tokens_per_step: PositiveInt | None = None
     """Instead of batch_size: tokens per optimizer step; rows per step follow from the mean row length."""
     micro_batch_tokens: PositiveInt | None = None
-    """Tokens per forward pass and process, into which rows are packed; null: 8,192 on a GPU, 2,048 on a CPU."""
+    """Tokens per forward pass and process, into which whole rows are packed; null: as fast as `memory` allows."""
+    memory: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """GiB that training may take of a device; auto: what is free, but for a tenth."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
@@ -159,8 +161,9 @@ class Train(Section):
     """AdamW's weight decay on the adapter."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradient norm above which gradients are scaled down."""
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: about a third slower, several times less memory."""
+    gradient_checkpointing: bool | None = None
+    """Compute activations again in the backward pass: a third slower, several times less memory. null: of as few
+    layers as `memory` allows."""
     kernels: Literal["auto", "plain"] = "auto"
     """auto: on a GPU, the fused path for layers that it covers. plain: PEFT's and transformers' own code."""
     checkpoint_every: PositiveInt = 100

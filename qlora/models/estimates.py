@@ -1,10 +1,7 @@
 """Memory, disk and time that each stage will take, by formula: estimates to plan with, not measurements.
 
-Training memory is the sum of what is live at its peak: 4-bit weights (4 bits + an absmax per block of 64, itself in
-8 bits with double quantization: 0.516 B per parameter, else 0.5625 B), everything else in the compute dtype, the
-adapter with its gradient and Adam's two moments, saved activations, one layer's recomputation, the tiles of the output
-head, and two dequantized weights. Time is floating-point work over an assumed rate (`qlora.models.resources`).
-Quantization is in `qlora.models.quantize_estimates`.
+Time is floating-point work over an assumed rate (`qlora.models.resources`). Training's memory is in
+`qlora.models.training_memory`, quantization in `qlora.models.quantize_estimates`.
 
 All sizes are bytes, all counts are tokens or parameters.
 """
@@ -19,16 +16,13 @@ from qlora.models.resources import (
     Machine,
     StageEstimate,
     Workload,
-    layer_activation_bytes,
     layer_forward_bytes,
     stage_estimate,
 )
 from qlora.models.shapes import AdapterShapes, ModelShapes, forward_flops, training_flops
+from qlora.models.training_memory import Trained
 from qlora.recipe import Recipe
 
-FOUR_BIT_BYTES = 0.5 + 4 / 64  # codes, and an fp32 absmax per block
-DOUBLE_QUANT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the absmax in 8 bits, with an fp32 scale per 256 of them
-HEAD_TILE = (4096, 32768)  # tokens × vocabulary of TRL's fused output head
 QUANTIZE_RATE = {"cuda": 1e9, "cpu": 12e6}  # parameters/s to 4-bit and back in the merge; per core on a CPU
 SCORING_CHUNK = 2048  # answer tokens whose fp32 log-probabilities evaluation holds at once, three copies of them
 
@@ -51,38 +45,6 @@ def estimate_stages(
     ]
 
 
-def base_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """The frozen base as training holds it."""
-    rest = BYTES[recipe.model.compute_dtype]
-    if recipe.model.quantization == "none":
-        return shapes.total * rest
-    per_parameter = DOUBLE_QUANT_BYTES if recipe.model.double_quant else FOUR_BIT_BYTES
-    return round(per_parameter * shapes.quantized) + rest * shapes.unquantized
-
-
-def training_parts(
-    recipe: Recipe, shapes: ModelShapes, adapter: AdapterShapes, micro_batch_tokens: int
-) -> dict[str, int]:
-    """What is live on the device at the peak of training, by name, without the process itself.
-
-    With checkpointing the peak is in the head, or in the first layer that is recomputed: whichever is larger.
-    """
-    itemsize = BYTES[recipe.model.compute_dtype]
-    per_layer = layer_activation_bytes(shapes, itemsize) * micro_batch_tokens
-    checkpointing = recipe.train.gradient_checkpointing
-    checkpoints = shapes.layers * micro_batch_tokens * shapes.hidden_size * itemsize
-    tile_tokens, tile_vocabulary = min(micro_batch_tokens, HEAD_TILE[0]), min(shapes.vocab_size, HEAD_TILE[1])
-    head = tile_tokens * tile_vocabulary * (itemsize + 4) + 4 * micro_batch_tokens * shapes.hidden_size
-    dequantized = 0 if recipe.model.quantization == "none" else 2 * itemsize
-    return {
-        "base": base_bytes(recipe, shapes),
-        "adapter and optimizer": 4 * BYTES[recipe.lora.dtype] * adapter.trainable,
-        "saved activations": checkpoints if checkpointing else shapes.layers * per_layer,
-        "recomputed layer or output head": max(per_layer, head) if checkpointing else head,
-        "dequantized weights": dequantized * max(linear.parameters for linear in shapes.linears),
-    }
-
-
 def merged_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     """Size of the merged checkpoint, if it is written: merged linears in merge.dtype, the rest in 16 bits."""
     if not recipe.merge.write:
@@ -93,13 +55,14 @@ def merged_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
 def _train(
     recipe: Recipe, shapes: ModelShapes, adapter: AdapterShapes, work: Workload, machine: Machine
 ) -> StageEstimate:
-    parts = training_parts(recipe, shapes, adapter, work.micro_batch_tokens)
-    per_token = training_flops(shapes, adapter, work.train_sequence, checkpointing=recipe.train.gradient_checkpointing)
+    trained = Trained(recipe, shapes, adapter, machine, work.train_sequence)
+    share = work.largest_pass.recomputed / shapes.layers
+    per_token = training_flops(shapes, adapter, work.train_sequence, recomputed=share)
     saved = adapter.trainable * BYTES[recipe.lora.dtype]
     return stage_estimate(
         "train",
         machine,
-        parts,
+        trained.parts(work.largest_pass),
         host=0,
         disk=saved + 2 * 3 * saved,  # the adapter, and two checkpoints with Adam's moments
         seconds=machine.seconds(work.train_tokens * per_token / recipe.train.processes, TRAINING),

@@ -5,6 +5,7 @@ All sizes are bytes, all counts are tokens or parameters. Rates are assumptions,
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass
 
@@ -79,6 +80,16 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Pass:
+    """A forward and backward pass of training."""
+
+    tokens: int
+    """Positions, padding included."""
+    recomputed: int
+    """Decoder layers whose activations are computed again in the backward."""
+
+
+@dataclass(frozen=True)
 class Workload:
     """How many tokens the recipe processes, from its rendered rows."""
 
@@ -86,8 +97,8 @@ class Workload:
     """Tokens of all optimizer steps."""
     train_sequence: float
     """Mean tokens per sequence in training."""
-    micro_batch_tokens: int
-    """Tokens of the largest forward pass in training, padding included."""
+    largest_pass: Pass
+    """The largest forward and backward pass of training."""
     calibration: Rows
     refinement: Rows | None
     """None where the recipe does not refine."""
@@ -122,6 +133,15 @@ def assumed_machine(device: str, name: str, cores: int) -> Machine:
     shares = f"{TRAINING.share_of_peak:.0%} (training) to {STREAMING.share_of_peak:.0%}"
     note = f"{shares} of {PEAK_TFLOPS[known]} TFLOP/s assumed; small models reach less"
     return Machine(device, name, cores, PEAK_TFLOPS[known] * 1e12, note)
+
+
+def machine_of(device: str) -> Machine:
+    """This machine, or the GPU of it that is named."""
+    import torch
+
+    if device.startswith("cuda"):
+        return assumed_machine(device, torch.cuda.get_device_name(device), os.cpu_count() or 1)
+    return assumed_machine(device, "CPU", torch.get_num_threads())
 
 
 def layer_activation_bytes(shapes: ModelShapes, itemsize: int) -> int:

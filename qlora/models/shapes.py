@@ -193,8 +193,12 @@ def forward_flops(shapes: ModelShapes, sequence: float) -> float:
     return 2.0 * (shapes.active + shapes.head) + shapes.attention_flops * sequence
 
 
-def training_flops(shapes: ModelShapes, adapter: AdapterShapes, sequence: float, *, checkpointing: bool) -> float:
-    """FLOPs per token of a training step over rows of `sequence` tokens, as the hardware executes them."""
+def training_flops(shapes: ModelShapes, adapter: AdapterShapes, sequence: float, *, recomputed: float) -> float:
+    """FLOPs per token of a training step over rows of `sequence` tokens, as the hardware executes them.
+
+    recomputed: share of the layers whose activations are computed again in the backward.
+    """
     attention = shapes.attention_flops * sequence
-    linears, trained, attended = (6, 8, 4.5) if checkpointing else (4, 6, 3.5)
-    return linears * shapes.active + 4.0 * shapes.head + trained * adapter.trainable + attended * attention
+    forward = 2.0 * shapes.active + 2.0 * adapter.trainable + attention
+    once = 4.0 * shapes.active + 4.0 * shapes.head + 6.0 * adapter.trainable + 3.5 * attention
+    return once + recomputed * forward

@@ -35,7 +35,8 @@ def show(report: CheckReport, console: Console) -> None:
     if report.calibration:
         console.print(_calibration(report.calibration))
     if report.stages:
-        console.print(f"\n{report.steps:,} steps of {report.rows_per_step} rows. Estimates, not measurements: ", end="")
+        console.print(f"\n{report.steps:,} steps of {report.rows_per_step} rows; {escape(report.training or '')}.")
+        console.print("Estimates, not measurements: ", end="")
         console.print(escape(report.machine.rate_note))
         console.print(_stages(report))
     if report.engines:

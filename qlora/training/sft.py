@@ -7,14 +7,13 @@ last complete checkpoint with the same data order, and writes the adapter with `
 from __future__ import annotations
 
 import logging
-import math
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset
 from transformers import PrinterCallback, set_seed
 from trl import SFTConfig
@@ -22,53 +21,20 @@ from trl import SFTConfig
 from qlora.artifacts import read_json, write_json
 from qlora.data.rendering import RenderedRow
 from qlora.errors import UserError
+from qlora.measure import free_for_training
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES, attach_adapter, load_base
 from qlora.models.provenance import QuantizationSettings, write_provenance
+from qlora.models.resources import machine_of
+from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
 from qlora.recipe import Recipe
 from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
 from qlora.training.fused import fuse, fuse_head
 from qlora.training.packed import allow_packed
-from qlora.training.schedule import Schedule, plan_schedule
+from qlora.training.plan import TrainingPlan, plan_training
 from qlora.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
-
-
-# Positions of one forward pass, where the recipe leaves it open.
-FORWARD_TOKENS = {"cpu": 2048, "cuda": 8192}
-
-
-def rows_per_step(recipe: Recipe, row_tokens: Sequence[int], processes: int) -> int:
-    """Rows of an optimizer step, from batch_size or tokens_per_step; a UserError if processes would go without."""
-    train = recipe.train
-    if train.tokens_per_step is not None:
-        return max(processes, round(train.tokens_per_step * len(row_tokens) / sum(row_tokens)))
-    batch_size = train.batch_size or 16
-    if batch_size < processes:
-        raise UserError(
-            f"{batch_size} rows per step leave some of {processes} processes without a row",
-            "train.batch_size",
-            f"make it {processes} or more",
-        )
-    return batch_size
-
-
-def make_schedule(recipe: Recipe, row_tokens: Sequence[int], processes: int, device: str, *, padded: bool) -> Schedule:
-    """The whole run's forwards, of at most `train.micro_batch_tokens` positions."""
-    rows = rows_per_step(recipe, row_tokens, processes)
-    steps_per_epoch = -(-len(row_tokens) // rows)
-    steps = recipe.train.max_steps
-    epochs = math.ceil(recipe.train.epochs if steps is None else steps / steps_per_epoch)
-    return plan_schedule(
-        row_tokens,
-        rows_per_step=rows,
-        processes=processes,
-        seed=recipe.seed,
-        epochs=epochs,
-        most_tokens=recipe.train.micro_batch_tokens or FORWARD_TOKENS[torch.device(device).type],
-        padded=padded,
-    )
 
 
 def train_adapter(
@@ -120,17 +86,20 @@ def build_trainer(
     fast = recipe.train.kernels == "auto"
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    schedule = make_schedule(
-        recipe, [len(row.input_ids) for row in rows], processes, device, padded=cannot_pack is not None
-    )
+    config = sft_config(recipe, device, checkpoints, has_eval=bool(eval_rows))
+    row_tokens = [len(row.input_ids) for row in rows]
+    plan = _plan(recipe, row_tokens, model, config, device, padded=cannot_pack is not None)
+    log.info("training: %s", plan.text)
+    config.gradient_accumulation_steps = plan.schedule.forwards
+    config.gradient_checkpointing = plan.memory.largest.recomputed > 0
     trainer = Trainer(
         rows=rows,
-        schedule=schedule,
+        schedule=plan.schedule,
         packed=cannot_pack is None,
         own_head=plain_head is None,
+        recomputed=plan.memory.largest.recomputed,
         model=model,
-        args=sft_config(recipe, schedule, device, checkpoints, has_eval=bool(eval_rows)),
+        args=config,
         train_dataset=_dataset(rows),
         eval_dataset=_dataset(eval_rows) if eval_rows and recipe.train.evaluate_every else None,
         processing_class=tokenizer,
@@ -149,14 +118,33 @@ def build_trainer(
     return trainer
 
 
+def _plan(
+    recipe: Recipe, row_tokens: Sequence[int], model: Any, config: SFTConfig, device: str, *, padded: bool
+) -> TrainingPlan:
+    """The same on every process: in the memory of the one that has least."""
+    free = free_for_training(device)
+    if config.world_size > 1:
+        free = min(gather_object([free]))
+    return plan_training(
+        recipe,
+        row_tokens,
+        config.world_size,
+        model_shapes(skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)),
+        AdapterShapes(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)),
+        machine_of(device),
+        free,
+        padded=padded,
+    )
+
+
 def trainable(trainer: Trainer) -> list[torch.nn.Parameter]:
     """The parameters that the optimizer changes."""
     assert trainer.model is not None
     return [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
 
 
-def sft_config(recipe: Recipe, schedule: Schedule, device: str, checkpoints: Path, has_eval: bool) -> SFTConfig:
-    """The recipe's train section as TRL's SFTConfig."""
+def sft_config(recipe: Recipe, device: str, checkpoints: Path, has_eval: bool) -> SFTConfig:
+    """The recipe's train section as TRL's SFTConfig, without what follows from the plan."""
     train = recipe.train
     options: dict[str, Any] = {
         "output_dir": str(checkpoints),
@@ -164,14 +152,12 @@ def sft_config(recipe: Recipe, schedule: Schedule, device: str, checkpoints: Pat
         "max_steps": train.max_steps or -1,
         "per_device_train_batch_size": 1,
         "per_device_eval_batch_size": recipe.evaluate.batch_size,
-        "gradient_accumulation_steps": schedule.forwards,
         "learning_rate": train.learning_rate,
         "lr_scheduler_type": train.scheduler,
         "warmup_steps": train.warmup_steps,
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "optim": "adamw_torch_fused" if device.startswith("cuda") else "adamw_torch",
-        "gradient_checkpointing": train.gradient_checkpointing,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "bf16": recipe.model.compute_dtype == "bfloat16",
         "use_cpu": device == "cpu",

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qlora.data.rendering import RenderedRow
+from qlora.quantization.modules import decoder_layers
 from qlora.training.fused import HEAD_INPUTS
 from qlora.training.packed import IGNORED, Tokens, pack, pad
 from qlora.training.schedule import Forwards, Rows, Schedule
@@ -22,6 +24,7 @@ from qlora.training.schedule import Forwards, Rows, Schedule
 class Trainer(SFTTrainer):
     """Trains on `rows` as the schedule divides them. `packed`: the model's attention takes packed rows.
 
+    `recomputed`: so many layers, the first, compute their activations again in the backward, where checkpointing is on.
     `own_head`: the model computes its loss from `HEAD_INPUTS`; TRL computes it otherwise, and wherever its options ask
     for more than the cross-entropy.
     """
@@ -33,6 +36,7 @@ class Trainer(SFTTrainer):
         schedule: Schedule,
         packed: bool,
         own_head: bool,
+        recomputed: int,
         args: SFTConfig,
         **options: Any,
     ) -> None:
@@ -41,6 +45,7 @@ class Trainer(SFTTrainer):
         self.own_head = (
             own_head and not self.aux_loss_enabled and args.loss_type == "nll" and args.label_smoothing_factor == 0
         )
+        self.add_callback(_RecomputeFirst(recomputed))
         # Every loss here is divided by the tokens of the whole step, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
 
@@ -72,3 +77,13 @@ class Trainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "use_cache": False}
         return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+
+class _RecomputeFirst(TrainerCallback):
+    def __init__(self, layers: int) -> None:
+        self.layers = layers
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        causal = model.module if hasattr(model, "module") else model
+        for layer in decoder_layers(causal.get_base_model())[1][self.layers :]:
+            layer.gradient_checkpointing = False  # type: ignore[assignment]

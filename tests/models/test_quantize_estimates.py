@@ -10,7 +10,7 @@ from transformers import LlamaConfig, MixtralConfig
 from qlora.errors import UserError
 from qlora.models.estimates import estimate_stages
 from qlora.models.quantize_estimates import gptq_disk_bytes, quantized_linears, solved_together
-from qlora.models.resources import Machine, Rows, StageEstimate, Workload, assumed_machine
+from qlora.models.resources import Machine, Pass, Rows, StageEstimate, Workload, assumed_machine
 from qlora.models.shapes import AdapterShapes, ModelShapes, model_shapes, skeleton
 from qlora.recipe import Recipe
 
@@ -34,7 +34,7 @@ def estimate(
 ) -> dict[str, StageEstimate]:
     """Stage → estimate, with as many rows of one length for GPTQ and for refinement."""
     given = Rows(rows * length, length)
-    work = Workload(1000, 100, 100, given, given if "refine" in quantize else None, Rows(0, 0), 0, 0)
+    work = Workload(1000, 100, Pass(100, 0), given, given if "refine" in quantize else None, Rows(0, 0), 0, 0)
     asked = Recipe.model_validate(recipe(**quantize).model_dump() | {"merge": merge or {}})
     return {stage.stage: stage for stage in estimate_stages(asked, shapes, AdapterShapes(1000), work, machine)}
 

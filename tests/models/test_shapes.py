@@ -7,16 +7,13 @@ from transformers import Gemma3TextConfig, GPT2Config, GptOssConfig, LlamaConfig
 
 from qlora.errors import UserError
 from qlora.models.estimates import (
-    DOUBLE_QUANT_BYTES,
-    FOUR_BIT_BYTES,
-    base_bytes,
     merged_bytes,
-    training_parts,
 )
 from qlora.models.gptq_format import pack_rows
 from qlora.models.quantize_estimates import gptq_disk_bytes
-from qlora.models.resources import STREAMING, TRAINING, assumed_machine, layer_activation_bytes
+from qlora.models.resources import STREAMING, TRAINING, Pass, assumed_machine, layer_activation_bytes
 from qlora.models.shapes import adapter_shapes, model_shapes, read_config, skeleton, training_flops
+from qlora.models.training_memory import DOUBLE_QUANT_BYTES, FOUR_BIT_BYTES, Trained, base_bytes
 from qlora.recipe import Lora, Recipe
 
 TINY = LlamaConfig(
@@ -67,16 +64,17 @@ def test_llama_3_1_8b_has_its_published_parameter_counts(llama_8b) -> None:
 )
 def test_flops_per_token_of_llama_3_1_8b(llama_8b, sequence, checkpointing, giga_flops) -> None:
     shapes, adapter = llama_8b
-    found = training_flops(shapes, adapter, sequence, checkpointing=checkpointing) / 1e9
+    found = training_flops(shapes, adapter, sequence, recomputed=float(checkpointing)) / 1e9
     assert found == pytest.approx(giga_flops, abs=0.06)
 
 
 def test_training_memory_is_near_what_was_measured(llama_8b) -> None:
     """TRL on an H100, sequence 4,096, micro-batch 2, bf16 adapter: 9.5 GiB with checkpointing, 51.3 without."""
     shapes, adapter = llama_8b
-    for checkpointing, measured, tolerance in ((True, 9.5, 0.05), (False, 51.3, 0.15)):
-        asked = recipe(lora={"dtype": "bfloat16"}, train={"gradient_checkpointing": checkpointing})
-        parts = training_parts(asked, shapes, adapter, micro_batch_tokens=2 * 4096)
+    asked = recipe(lora={"dtype": "bfloat16"}, train={"kernels": "plain"})
+    trained = Trained(asked, shapes, adapter, assumed_machine("cuda:0", "NVIDIA H100", 16), 4096)
+    for recomputed, measured, tolerance in ((32, 9.5, 0.06), (0, 51.3, 0.15)):
+        parts = trained.parts(Pass(2 * 4096, recomputed))
         assert sum(parts.values()) / 2**30 == pytest.approx(measured, rel=tolerance)
 
 

@@ -9,7 +9,7 @@ import pytest
 from transformers import Gemma3TextConfig, LlamaConfig, MistralConfig, PretrainedConfig, Qwen3Config
 
 from qlora.models.estimates import estimate_stages
-from qlora.models.resources import Rows, Workload, assumed_machine
+from qlora.models.resources import Pass, Rows, Workload, assumed_machine
 from qlora.models.shapes import adapter_shapes, model_shapes, skeleton
 from qlora.paths import packaged_recipes
 from qlora.recipe import Recipe
@@ -77,7 +77,7 @@ def test_figures_in_headers_and_table_are_those_of_the_formulas(path: Path) -> N
     longest = Rows(calibration.samples * calibration.max_length, calibration.max_length)
     work = Workload(
         train_tokens=1, train_sequence=1,
-        micro_batch_tokens=max(recipe.train.micro_batch_tokens or 8192, recipe.data.max_length),
+        largest_pass=Pass(recipe.data.max_length, shapes.layers),
         calibration=longest, refinement=longest, evaluation=Rows(0, 0), eval_answer_tokens=0, eval_longest_answer=0,
     )  # fmt: skip
     machine = assumed_machine("cuda:0", "NVIDIA H100 80GB HBM3", 16)
@@ -89,7 +89,7 @@ def test_figures_in_headers_and_table_are_those_of_the_formulas(path: Path) -> N
     assert f"| {memory['train']} / {memory['quantize']} / {memory['refine']} GiB |" in row
     assert f"| {disk['merge']:.1f} / {disk['quantize']:.1f} GiB |" in row
     header = " ".join(line.removeprefix("# ") for line in path.read_text(encoding="utf-8").splitlines()[:12])
-    assert f"GPU memory {memory['train']} GiB in training" in header
+    assert f"GPU memory from {memory['train']} GiB in training" in header
     assert f"{memory['quantize']} GiB in GPTQ, {memory['refine']} GiB in refining it" in header
     minutes = sum(stage.seconds or 0 for stage in stages if stage.stage in ("quantize", "refine")) / 60
     stated = re.search(r"both in (\d+) (minutes|seconds) on an H100", header)

@@ -15,7 +15,8 @@ from qlora.evaluation.generation import generate
 from qlora.models.loading import load_base
 from qlora.recipe_file import load_recipe
 from qlora.stages import Run
-from qlora.training.sft import build_trainer, rows_per_step
+from qlora.training.plan import rows_per_step
+from qlora.training.sft import build_trainer
 
 
 @pytest.fixture

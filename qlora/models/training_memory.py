@@ -1,0 +1,168 @@
+"""Memory of a training step by formula, and the division into forwards that trains fastest in the memory there is.
+
+At its peak a step holds the base, the adapter with gradient and Adam's moments, and activations: of every layer what
+its backward needs, or, where that is computed again, its input alone. The first layers are the ones computed again:
+by the time the backward comes to them, what all others kept is gone.
+
+    peak = static + c·m·h + max((L − c)·m·S + max(head, work), m·S + work if c > 0)
+
+m: tokens of a forward, c of L layers computed again, h: bytes of a hidden state, S: of what a layer keeps per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from qlora.models.resources import (
+    BYTES,
+    CUDA_CONTEXT,
+    FRAGMENTATION,
+    PROCESS,
+    TRAINING,
+    Machine,
+    Pass,
+    layer_activation_bytes,
+)
+from qlora.models.shapes import AdapterShapes, ModelShapes, training_flops
+from qlora.recipe import Recipe
+
+FOUR_BIT_BYTES = 0.5 + 4 / 64  # codes, and an fp32 absmax per block
+DOUBLE_QUANT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the absmax in 8 bits, with an fp32 scale per 256 of them
+HEAD_TILE = (4096, 32768)  # tokens × vocabulary of TRL's fused output head
+FUSED_HEAD_BYTES = 2**29  # logits of our own at a time
+# Weights/s that are dequantized, once in every forward, backward and recomputation.
+DEQUANTIZE_RATE = {"cuda": 1e12, "cpu": 1e9}
+# Seconds of a forward and backward pass that do not depend on its tokens, per layer: kernel launches.
+PASS_SECONDS = {"cuda": 6e-4, "cpu": 1e-3}
+UNKNOWN_PEAK = 100e12  # of a GPU that is not known
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is trained, on what; all that the formulas need."""
+
+    recipe: Recipe
+    shapes: ModelShapes
+    adapter: AdapterShapes
+    machine: Machine
+    sequence: float
+    """Mean tokens that a token's row has."""
+
+    @property
+    def fused(self) -> bool:
+        """Whether layers train on the fused path, and keep less."""
+        return self.machine.on_gpu and self.recipe.train.kernels == "auto"
+
+    @property
+    def itemsize(self) -> int:
+        return BYTES[self.recipe.model.compute_dtype]
+
+    def parts(self, one: Pass) -> dict[str, int]:
+        """Bytes that are live on the device at the peak of training, by name, without the process itself."""
+        shapes, itemsize = self.shapes, self.itemsize
+        kept = self._kept_bytes() * one.tokens
+        head, work = self._head_bytes(one.tokens), 4 * itemsize * one.tokens * shapes.feed_forward_size
+        work = work if self.fused else 0  # the plain path's layers are counted with all that they hold
+        first = (shapes.layers - one.recomputed) * kept
+        again = kept if one.recomputed else 0
+        dequantized = 0 if self.recipe.model.quantization == "none" else (1 if self.fused else 2) * itemsize
+        at_the_head = first + max(head, work) > again + work
+        return {
+            "base": base_bytes(self.recipe, shapes),
+            "adapter and optimizer": 4 * BYTES[self.recipe.lora.dtype] * self.adapter.trainable,
+            "inputs of recomputed layers": one.recomputed * one.tokens * shapes.hidden_size * itemsize,
+            "saved activations": first if at_the_head else again,
+            "output head or backward": max(head, work) if at_the_head else work,
+            "dequantized weights": dequantized * max(linear.parameters for linear in shapes.linears),
+        }
+
+    def peak(self, one: Pass) -> int:
+        """Bytes of the device, with what the process itself takes and the allocator's slack."""
+        process = CUDA_CONTEXT if self.machine.on_gpu else PROCESS
+        return round(FRAGMENTATION * (process + sum(self.parts(one).values())))
+
+    def seconds(self, one: Pass) -> float:
+        """Of a pass; where the device's peak is not known, right up to a factor."""
+        device = "cuda" if self.machine.on_gpu else "cpu"
+        share = one.recomputed / self.shapes.layers
+        flops = one.tokens * training_flops(self.shapes, self.adapter, self.sequence, recomputed=share)
+        computing = self.machine.seconds(flops, TRAINING)
+        if computing is None:
+            computing = flops / (TRAINING.share_of_peak * UNKNOWN_PEAK)
+        weights = 0 if self.recipe.model.quantization == "none" else self.shapes.quantized
+        passes = 2 + share
+        fixed = passes * weights / DEQUANTIZE_RATE[device] + PASS_SECONDS[device] * self.shapes.layers
+        return computing + fixed
+
+    def _kept_bytes(self) -> int:
+        """What a layer keeps per token for its backward."""
+        if not self.fused:
+            return layer_activation_bytes(self.shapes, self.itemsize)
+        shapes = self.shapes
+        query, value = shapes.attention_heads * shapes.head_dim, shapes.key_value_heads * shapes.head_dim
+        # The layer's input and its middle; rotated q and k, v, and what attention made of them; gate and up.
+        elements = 2 * shapes.hidden_size + 2 * query + 2 * value + 2 * shapes.feed_forward_size
+        return self.itemsize * elements + 4 * shapes.attention_heads
+
+    def _head_bytes(self, tokens: int) -> int:
+        hidden = self.itemsize * tokens * self.shapes.hidden_size
+        if self.recipe.train.kernels == "auto":
+            return 2 * hidden + min(FUSED_HEAD_BYTES, self.itemsize * tokens * self.shapes.vocab_size)
+        tile = min(tokens, HEAD_TILE[0]) * min(self.shapes.vocab_size, HEAD_TILE[1])
+        return tile * (self.itemsize + 4) + 4 * tokens * self.shapes.hidden_size
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step's rows are divided."""
+
+    forwards: int
+    """Per step and process."""
+    largest: Pass
+    peak: int
+    """Bytes by formula."""
+
+    def text(self, layers: int, budget: int) -> str:
+        """What was chosen, in a line."""
+        count = "1 forward" if self.forwards == 1 else f"{self.forwards} forwards"
+        again = (
+            f"{self.largest.recomputed} of {layers} layers recomputed"
+            if self.largest.recomputed
+            else "nothing recomputed"
+        )
+        sizes = f"about {self.peak / 2**30:.1f} of {budget / 2**30:.1f} GiB"
+        return f"{count} of at most {self.largest.tokens:,} tokens per step, {again}: {sizes}"
+
+
+def plan(trained: Trained, divisions: Iterable[tuple[int, int]], step_tokens: float, budget: int) -> Plan:
+    """The division that takes the least time in `budget` bytes; where none fits, the one of the least memory.
+
+    divisions: (forwards of a step, tokens of the longest) to choose from; step_tokens: mean tokens of a step, of one
+    process. `train.gradient_checkpointing` says how many layers may be computed again.
+    """
+    layers = trained.shapes.layers
+    every = {None: range(layers + 1), False: range(1), True: range(layers, layers + 1)}
+    fastest: tuple[float, Plan] | None = None
+    smallest: Plan | None = None
+    for forwards, tokens in divisions:
+        for recomputed in every[trained.recipe.train.gradient_checkpointing]:
+            largest = Pass(tokens, recomputed)
+            found = Plan(forwards, largest, trained.peak(largest))
+            smallest = min(smallest or found, found, key=lambda each: each.peak)
+            if found.peak <= budget:
+                seconds = forwards * trained.seconds(Pass(round(step_tokens / forwards), recomputed))
+                if fastest is None or seconds < fastest[0]:
+                    fastest = seconds, found
+                break  # more layers again would only be slower
+    assert smallest is not None, "there is a division"
+    return fastest[1] if fastest else smallest
+
+
+def base_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
+    """The frozen base as training holds it."""
+    rest = BYTES[recipe.model.compute_dtype]
+    if recipe.model.quantization == "none":
+        return shapes.total * rest
+    per_parameter = DOUBLE_QUANT_BYTES if recipe.model.double_quant else FOUR_BIT_BYTES
+    return round(per_parameter * shapes.quantized) + rest * shapes.unquantized

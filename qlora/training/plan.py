@@ -1,0 +1,107 @@
+"""How training is divided into steps, forwards and layers that are computed again, before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from qlora.errors import UserError
+from qlora.models.resources import Machine
+from qlora.models.shapes import AdapterShapes, ModelShapes
+from qlora.models.training_memory import Plan, Trained, plan
+from qlora.recipe import Recipe
+from qlora.training.schedule import Schedule, plan_schedule
+
+# Of the memory that is free, what training may take: other processes, and what the formula does not know.
+SHARE_OF_FREE = 0.9
+# Divisions of a step that are looked at, at most.
+MOST_FORWARDS = 64
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """The rows of every forward, and what it costs."""
+
+    schedule: Schedule
+    memory: Plan
+    layers: int
+    budget: int
+    """Bytes."""
+
+    @property
+    def text(self) -> str:
+        """What was chosen, in a line."""
+        one, count = self.memory.largest, self.memory.forwards
+        forwards = "1 forward" if count == 1 else f"{count} forwards"
+        again = f"{one.recomputed} of {self.layers} layers recomputed" if one.recomputed else "nothing recomputed"
+        sizes = f"about {self.memory.peak / 2**30:.1f} GiB of {self.budget / 2**30:.1f}"
+        return f"{forwards} of up to {one.tokens:,} tokens a step, {again}, {sizes}"
+
+
+def rows_per_step(recipe: Recipe, row_tokens: Sequence[int], processes: int) -> int:
+    """Rows of an optimizer step, from batch_size or tokens_per_step; a UserError if processes would go without."""
+    train = recipe.train
+    if train.tokens_per_step is not None:
+        return max(processes, round(train.tokens_per_step * len(row_tokens) / sum(row_tokens)))
+    batch_size = train.batch_size or 16
+    if batch_size < processes:
+        raise UserError(
+            f"{batch_size} rows per step leave some of {processes} processes without a row",
+            "train.batch_size",
+            f"make it {processes} or more",
+        )
+    return batch_size
+
+
+def plan_training(
+    recipe: Recipe,
+    row_tokens: Sequence[int],
+    processes: int,
+    shapes: ModelShapes,
+    adapter: AdapterShapes,
+    machine: Machine,
+    free: int,
+    *,
+    padded: bool,
+) -> TrainingPlan:
+    """The fastest division of the recipe's steps in `free` bytes of a device, or the share of them it may take.
+
+    padded: rows cannot be packed end to end.
+    """
+    train = recipe.train
+    rows = rows_per_step(recipe, row_tokens, processes)
+    steps_per_epoch = -(-len(row_tokens) // rows)
+    epochs = math.ceil(train.epochs if train.max_steps is None else train.max_steps / steps_per_epoch)
+    budget = round(SHARE_OF_FREE * free) if train.memory == "auto" else round(train.memory * 2**30)
+    if train.micro_batch_tokens is not None:
+        schedules: Iterable[Schedule] = [
+            plan_schedule(
+                row_tokens,
+                rows_per_step=rows,
+                processes=processes,
+                seed=recipe.seed,
+                epochs=epochs,
+                most_tokens=train.micro_batch_tokens,
+                padded=padded,
+            )
+        ]
+    else:
+        counts = _counts(max(1, rows // processes))
+        schedules = (Schedule(row_tokens, rows, forwards, processes, recipe.seed, padded) for forwards in counts)
+    found = {schedule.forwards: (schedule, schedule.longest(epochs)) for schedule in schedules}
+    total = sum(row_tokens)
+    trained = Trained(recipe, shapes, adapter, machine, sum(length**2 for length in row_tokens) / total)
+    divisions = [(forwards, longest) for forwards, (_, longest) in found.items()]
+    chosen = plan(trained, divisions, total * rows / len(row_tokens) / processes, budget)
+    return TrainingPlan(found[chosen.forwards][0], chosen, shapes.layers, budget)
+
+
+def _counts(most: int) -> Iterator[int]:
+    """Numbers of forwards up to `most`, all of the small ones."""
+    count = 0
+    for _ in range(MOST_FORWARDS):
+        count = min(most, count + max(1, count // 8))
+        yield count
+        if count == most:
+            return

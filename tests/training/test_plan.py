@@ -1,0 +1,96 @@
+"""The plan of training: what of a step is packed and computed again in so much memory."""
+
+import random
+
+import pytest
+from transformers import LlamaConfig
+
+from qlora.errors import UserError
+from qlora.models.resources import Pass, assumed_machine
+from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
+from qlora.models.training_memory import Trained
+from qlora.recipe import Recipe
+from qlora.training.plan import plan_training
+
+GIB = 2**30
+H100 = assumed_machine("cuda:0", "NVIDIA H100 80GB HBM3", 16)
+ROWS = random.Random(0).choices(range(100, 600), k=400)
+LONG_ROWS = [4096] * 64
+
+
+@pytest.fixture(scope="module")
+def llama_8b():
+    config = LlamaConfig(
+        hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, tie_word_embeddings=False,
+    )  # fmt: skip
+    return model_shapes(skeleton(config))
+
+
+def planned(shapes, lengths, free_gib, processes=1, padded=False, **train):
+    recipe = Recipe.model_validate(
+        {"name": "t", "model": {"base": "a/b"}, "data": {"train": [{"path": "x"}]}, "train": train}
+    )
+    adapter = AdapterShapes(41_943_040)
+    return plan_training(recipe, lengths, processes, shapes, adapter, H100, round(free_gib * GIB), padded=padded)
+
+
+def test_more_memory_is_never_slower_and_never_exceeded(llama_8b) -> None:
+    plans = [planned(llama_8b, LONG_ROWS, free, batch_size=16) for free in (8, 12, 16, 24, 48, 80)]
+    recipe = Recipe.model_validate({"name": "t", "model": {"base": "a/b"}, "data": {"train": [{"path": "x"}]}})
+    trained = Trained(recipe, llama_8b, AdapterShapes(41_943_040), H100, 4096)
+    seconds = [
+        plan.memory.forwards * trained.seconds(Pass(16 * 4096 // plan.memory.forwards, plan.memory.largest.recomputed))
+        for plan in plans
+    ]
+    assert seconds == sorted(seconds, reverse=True) and seconds[0] > 1.2 * seconds[-1]
+    for plan in plans[1:]:
+        assert plan.memory.peak <= plan.budget
+    assert plans[0].memory.largest == Pass(4096, 32) and plans[-1].memory.largest.recomputed == 0
+
+
+def test_what_does_not_fit_is_the_smallest_there_is_and_says_so(llama_8b) -> None:
+    plan = planned(llama_8b, LONG_ROWS, 2, batch_size=4)
+    assert plan.memory.largest == Pass(4096, 32) and plan.memory.peak > plan.budget
+    assert "32 of 32 layers recomputed" in plan.text and "of 1.8" in plan.text
+
+
+def test_short_rows_are_packed_until_nothing_is_won(llama_8b) -> None:
+    plan = planned(llama_8b, ROWS, 80, batch_size=32)
+    assert plan.memory.largest.recomputed == 0
+    assert plan.memory.largest.tokens == plan.schedule.longest(1) > 4000
+    assert planned(llama_8b, ROWS, 80, batch_size=32, padded=True).schedule.padded
+
+
+def test_what_the_recipe_fixes_stays_fixed(llama_8b) -> None:
+    fixed = planned(llama_8b, ROWS, 80, batch_size=32, micro_batch_tokens=2000, gradient_checkpointing=True)
+    assert fixed.schedule.longest(1) <= 2000 and fixed.memory.largest.recomputed == 32
+    assert planned(llama_8b, ROWS, 3, batch_size=32, gradient_checkpointing=False).memory.largest.recomputed == 0
+    given = planned(llama_8b, ROWS, 80, batch_size=32, memory=10)
+    assert given.budget == 10 * GIB and given.memory.peak <= given.budget
+
+
+def test_the_rows_of_a_step_do_not_depend_on_the_memory(llama_8b) -> None:
+    def rows(plan):
+        return [sorted(row for rows in step for row in rows) for step in plan.schedule.steps(0)]
+
+    small, large = (planned(llama_8b, ROWS, free, batch_size=32) for free in (8, 80))
+    assert small.schedule.forwards > large.schedule.forwards
+    assert rows(small) == rows(large)
+
+
+def test_processes_divide_the_rows_of_a_step(llama_8b) -> None:
+    plan = planned(llama_8b, LONG_ROWS, 80, processes=4, batch_size=16)
+    assert len(next(iter(plan.schedule.steps(0)))) == 4 * plan.memory.forwards <= 16
+    with pytest.raises(UserError, match="without a row"):
+        planned(llama_8b, LONG_ROWS, 80, processes=4, batch_size=3)
+
+
+def test_what_is_computed_again_saves_memory_until_a_single_layer_is_left(llama_8b) -> None:
+    recipe = Recipe.model_validate({"name": "t", "model": {"base": "a/b"}, "data": {"train": [{"path": "x"}]}})
+    trained = Trained(recipe, llama_8b, AdapterShapes(41_943_040), H100, 4096)
+    peaks = [trained.peak(Pass(8192, recomputed)) for recomputed in range(33)]
+    assert all(more <= less for less, more in zip(peaks, peaks[1:-1], strict=False))
+    # 47,104 numbers of 16 bits per token and layer, and of attention's 32 heads one of 32.
+    kept = 8192 * (2 * 47104 + 4 * 32)
+    assert peaks[0] - peaks[1] == pytest.approx(1.05 * (kept - 8192 * 2 * 4096), rel=1e-6)
