@@ -12,6 +12,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora.measure import memory_in_use_gib
+from qlora.training.plan import TrainingPlan
 
 COMPLETE = "complete"  # file in a checkpoint folder: everything else in it was written
 
@@ -34,20 +35,31 @@ class MarkComplete(TrainerCallback):
 
 @dataclass
 class Report(TrainerCallback):
-    """Progress with loss, tokens per second, memory and time left; keeps the loss curve for the lineage."""
+    """Progress with loss, tokens per second, memory and time left; keeps the loss curve for the lineage.
+
+    Speed is that of the steps after the first of this process, which also builds kernels and fills caches. Tokens are
+    counted from the plan, so that nobody waits for the device.
+    """
 
     reporter: Reporter
     device: str
+    plan: TrainingPlan
     resumed_from: str | None = None
     curve: list[dict[str, float]] = field(default_factory=list)
-    _started: float = 0.0
-    _tokens: float = 0.0
+    _work: list[tuple[int, int]] = field(default_factory=list)
+    _first: tuple[int, float] | None = None
+    """The first step of this process, and when it ended."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._started = time.monotonic()
+        self._work = self.plan.schedule.work(state.max_steps)
+        self._first = None
         self.reporter.progress(state.global_step, state.max_steps, "")
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self._first is None:
+            self._first = state.global_step, time.monotonic()
 
     def on_log(
         self,
@@ -63,31 +75,45 @@ class Report(TrainerCallback):
             self.curve.append({"step": state.global_step, "eval_loss": logs["eval_loss"]})
         if "loss" not in logs:
             return
-        seconds = time.monotonic() - self._started
-        self._tokens = logs.get("num_tokens", self._tokens)
-        rate = self._tokens / seconds if seconds else 0.0
         memory = memory_in_use_gib(self.device)
         entry = {
             "loss": logs["loss"],
             "learning_rate": logs.get("learning_rate", math.nan),
             "grad_norm": logs.get("grad_norm", math.nan),
-            "tokens_per_second": round(rate, 1),
             "memory_gib": round(memory, 3),
+            **self._speed(state.global_step),
         }
         self.curve.append({"step": state.global_step, **entry})
         self.reporter.log(entry, state.global_step)
-        self.reporter.progress(
-            state.global_step, state.max_steps, f"loss {logs['loss']:.3f} · {rate:,.0f} tok/s · {memory:.1f} GiB"
-        )
+        speed = [f"{entry['tokens_per_second']:,.0f} tok/s"] if "tokens_per_second" in entry else []
+        speed += [f"{entry['mfu']:.0%} MFU"] if "mfu" in entry else []
+        text = " · ".join([f"loss {logs['loss']:.3f}", *speed, f"{memory:.1f} GiB"])
+        self.reporter.progress(state.global_step, state.max_steps, text)
+
+    def _speed(self, step: int) -> dict[str, float]:
+        """Tokens per second, and the share of the device's peak that 4 N FLOPs for each of them are."""
+        if self._first is None or step <= self._first[0]:
+            return {}
+        first, ended = self._first
+        rate = (self._work[step][0] - self._work[first][0]) / max(time.monotonic() - ended, 1e-9)
+        found = {"tokens_per_second": round(rate, 1)}
+        if self.plan.peak_flops is not None:
+            found["mfu"] = round(rate * self.plan.flops_per_token / self.plan.peak_flops, 4)
+        return found
 
     def metrics(self) -> dict[str, Any]:
-        """For the lineage: final loss, steps of this process, tokens per second, and the loss curve."""
+        """For the lineage: final loss, steps of this process, speed, padding, and the loss curve."""
         losses = [entry["loss"] for entry in self.curve if "loss" in entry]
-        rates = [entry["tokens_per_second"] for entry in self.curve if "loss" in entry]
+        speeds = [entry for entry in self.curve if "tokens_per_second" in entry]
+        tokens, positions = self._work[-1]
         return {
             "final_loss": sum(losses[-5:]) / len(losses[-5:]) if losses else None,
             "steps": self.curve[-1]["step"] if self.curve else 0,
-            "tokens_per_second": rates[-1] if rates else None,
+            "tokens": tokens,
+            "non_padding_share": round(tokens / positions, 4) if positions else None,
+            "tokens_per_second": speeds[-1]["tokens_per_second"] if speeds else None,
+            "mfu": speeds[-1].get("mfu") if speeds else None,
+            "plan": self.plan.text,
             "resumed_from": self.resumed_from,
             "curve": self.curve,
         }

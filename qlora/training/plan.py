@@ -28,6 +28,10 @@ class TrainingPlan:
     layers: int
     budget: int
     """Bytes."""
+    flops_per_token: float
+    """4 N: a forward, and a backward to activations alone, through the N weights that a token is multiplied with."""
+    peak_flops: float | None
+    """Of all processes' devices; None where it is not known."""
 
     @property
     def text(self) -> str:
@@ -94,7 +98,9 @@ def plan_training(
     trained = Trained(recipe, shapes, adapter, machine, sum(length**2 for length in row_tokens) / total)
     divisions = [(forwards, longest) for forwards, (_, longest) in found.items()]
     chosen = plan(trained, divisions, total * rows / len(row_tokens) / processes, budget)
-    return TrainingPlan(found[chosen.forwards][0], chosen, shapes.layers, budget)
+    flops = 4.0 * (shapes.active + shapes.head)
+    peak = None if machine.peak is None else machine.peak * processes
+    return TrainingPlan(found[chosen.forwards][0], chosen, shapes.layers, budget, flops, peak)
 
 
 def _counts(most: int) -> Iterator[int]:

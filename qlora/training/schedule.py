@@ -10,6 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 from torch.utils.data import Sampler
@@ -46,7 +47,7 @@ class Schedule:
         for start in range(0, len(order), self.rows_per_step):
             rows = order[start : start + self.rows_per_step]
             forwards = min(self.forwards, -(-len(rows) // self.processes))
-            yield self._divided(rows, forwards * self.processes)
+            yield self.divided(rows, forwards * self.processes)
 
     def tokens(self, rows: Rows) -> int:
         """Positions that a forward computes, padding included."""
@@ -57,7 +58,20 @@ class Schedule:
         """Positions of the longest forward of so many epochs."""
         return max(self.tokens(rows) for epoch in range(epochs) for step in self.steps(epoch) for rows in step)
 
-    def _divided(self, rows: Rows, parts: int) -> list[Rows]:
+    def work(self, steps: int) -> list[tuple[int, int]]:
+        """(tokens, positions computed for them) up to each of the first `steps` steps, [0] before the first."""
+        found = [(0, 0)]
+        for epoch in count():
+            for step in self.steps(epoch):
+                if len(found) > steps:
+                    return found
+                tokens, positions = found[-1]
+                tokens += sum(self.lengths[row] for rows in step for row in rows)
+                found.append((tokens, positions + sum(map(self.tokens, step))))
+        raise AssertionError("epochs do not end")
+
+    def divided(self, rows: Rows, parts: int) -> list[Rows]:
+        """Rows in so many forwards of about equal length."""
         by_length = sorted(rows, key=lambda row: (-self.lengths[row], row))
         if self.padded:  # rows of like length together
             each, more = divmod(len(rows), parts)

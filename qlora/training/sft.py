@@ -56,7 +56,7 @@ def train_adapter(
     trainer = build_trainer(recipe, base, tokenizer, rows, eval_rows, device=device, checkpoints=checkpoints)
     if output is not None:
         _write_provenance(trainer, recipe, base, output)
-    report = Report(reporter, device, resumed_from=last.name if last else None)
+    report = Report(reporter, device, trainer.plan, resumed_from=last.name if last else None)
     trainer.add_callback(report)
     trainer.add_callback(MarkComplete())
     result = trainer.train(resume_from_checkpoint=str(last) if last else None)
@@ -94,10 +94,9 @@ def build_trainer(
     config.gradient_checkpointing = plan.memory.largest.recomputed > 0
     trainer = Trainer(
         rows=rows,
-        schedule=plan.schedule,
+        plan=plan,
         packed=cannot_pack is None,
         own_head=plain_head is None,
-        recomputed=plan.memory.largest.recomputed,
         model=model,
         args=config,
         train_dataset=_dataset(rows),

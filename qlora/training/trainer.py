@@ -5,6 +5,8 @@ What TRL's does beside that stays TRL's: the loop, the optimizer, checkpoints, e
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,43 +17,49 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qlora.data.rendering import RenderedRow
+from qlora.errors import WillNotFit
 from qlora.quantization.modules import decoder_layers
 from qlora.training.fused import HEAD_INPUTS
 from qlora.training.packed import IGNORED, Tokens, pack, pad
-from qlora.training.schedule import Forwards, Rows, Schedule
+from qlora.training.plan import TrainingPlan
+from qlora.training.schedule import Forwards, Rows
+
+log = logging.getLogger(__name__)
+
+ROWS = "rows"  # what a batch was made of
 
 
 class Trainer(SFTTrainer):
-    """Trains on `rows` as the schedule divides them. `packed`: the model's attention takes packed rows.
+    """Trains on `rows` as the plan divides them.
 
-    `recomputed`: so many layers, the first, compute their activations again in the backward, where checkpointing is on.
-    `own_head`: the model computes its loss from `HEAD_INPUTS`; TRL computes it otherwise, and wherever its options ask
-    for more than the cross-entropy.
+    `packed`: the model's attention takes packed rows. `own_head`: the model computes its loss from `HEAD_INPUTS`; TRL
+    computes it otherwise, and wherever its options ask for more than the cross-entropy.
     """
 
     def __init__(
         self,
         *,
         rows: Sequence[RenderedRow],
-        schedule: Schedule,
+        plan: TrainingPlan,
         packed: bool,
         own_head: bool,
-        recomputed: int,
         args: SFTConfig,
         **options: Any,
     ) -> None:
         super().__init__(args=args, **options)
-        self.rows, self.schedule, self.packed = rows, schedule, packed
+        self.rows, self.plan, self.packed = rows, plan, packed
         self.own_head = (
             own_head and not self.aux_loss_enabled and args.loss_type == "nll" and args.label_smoothing_factor == 0
         )
-        self.add_callback(_RecomputeFirst(recomputed))
+        self.most_tokens: float = math.inf
+        """Of a forward, since memory ran out."""
+        self.add_callback(_RecomputeFirst(plan.memory.largest.recomputed))
         # Every loss here is divided by the tokens of the whole step, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's forwards. Not accelerate's loader: the schedule knows the processes."""
-        sampler = Forwards(self.schedule, self.args.process_index)
+        sampler = Forwards(self.plan.schedule, self.args.process_index)
         return DataLoader(
             range(len(self.rows)),  # type: ignore[arg-type]
             batch_sampler=sampler,
@@ -64,7 +72,44 @@ class Trainer(SFTTrainer):
         # A process that a step leaves nothing to runs a token from which nothing is learned: the others wait for it.
         found = found or [([0], [IGNORED])]
         batch = pack(found) if self.packed else pad(found)
-        return batch if self.own_head else {key: value for key, value in batch.items() if key not in HEAD_INPUTS}
+        if not self.own_head:
+            batch = {key: value for key, value in batch.items() if key not in HEAD_INPUTS}
+        return batch | {ROWS: rows}
+
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """A forward and its backward; where memory runs out, the rows in two halves, and all later ones as short.
+
+        The loss is divided by the tokens of the whole step, so that halves add up to the same gradients. Raises
+        WillNotFit when a single row is too long.
+        """
+        rows, tokens = inputs.pop(ROWS), inputs["input_ids"].numel()
+        if len(rows) < 2 or tokens <= self.most_tokens:
+            before = [None if each.grad is None else each.grad.clone() for each in self._learning()]
+            try:
+                return super().training_step(model, inputs, num_items_in_batch)
+            except torch.OutOfMemoryError as error:
+                if len(rows) < 2 or self.args.world_size > 1:
+                    raise WillNotFit(f"memory ran out in a forward of {tokens:,} tokens", *self._ways_out()) from error
+            # Outside the except block: the error's frames would keep the activations.
+            for parameter, gradient in zip(self._learning(), before, strict=True):
+                parameter.grad = gradient
+            del inputs
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            self.most_tokens = tokens // 2
+            log.warning("memory ran out in a forward of %d tokens: from now on none is longer than half of it", tokens)
+        halves = [self._collate(half) for half in self.plan.schedule.divided(rows, 2)]
+        return torch.stack([self.training_step(model, half, num_items_in_batch) for half in halves]).sum()
+
+    def _learning(self) -> list[torch.nn.Parameter]:
+        assert self.model is not None
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def _ways_out(self) -> tuple[str, str]:
+        where = "train.micro_batch_tokens" if self.args.world_size > 1 else "data.max_length"
+        return where, "lower it, or set train.gradient_checkpointing to true or train.memory to less"
 
     def compute_loss(
         self,

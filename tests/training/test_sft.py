@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from qlora.artifacts import read_json
-from qlora.errors import UserError
+from qlora.errors import UserError, WillNotFit
 from qlora.evaluation.generation import generate
 from qlora.models.loading import load_base
 from qlora.recipe_file import load_recipe
@@ -101,6 +101,7 @@ def epoch_of(trainer) -> tuple[float, dict[str, torch.Tensor], list[int]]:
     trainer.model.zero_grad()
     loss, tokens = 0.0, []
     for batch in trainer.get_train_dataloader():
+        batch.pop("rows")
         part = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(100))
         part.backward()
         loss += part.item()
@@ -124,6 +125,48 @@ def test_packed_rows_and_the_fused_head_learn_what_the_plain_path_learns(trainer
         torch.testing.assert_close(fast_grads[name], gradient, rtol=1e-3, atol=1e-4 * float(gradient.abs().max()))
 
 
+@pytest.mark.parametrize("accumulated", [False, True])
+def test_when_memory_runs_out_forwards_get_shorter_and_gradients_stay_the_same(trainer_of, monkeypatch, accumulated):
+    trainer, _ = trainer_of("model.compute_dtype=float32", "train.micro_batch_tokens=1000000")
+    randomize_adapter(trainer.model)
+    count, loops = torch.tensor(100), 1 + accumulated
+    batches = [dict(next(iter(trainer.get_train_dataloader()))) for _ in range(2 * loops)]
+    tokens = batches[0]["input_ids"].numel()
+
+    def learned() -> tuple[float, list[torch.Tensor]]:
+        trainer.model.zero_grad()
+        loss = sum(trainer.training_step(trainer.model, batches.pop(), count).item() for _ in range(loops))
+        return loss, [p.grad.clone() for p in trainer.model.parameters() if p.requires_grad]
+
+    loss, gradients = learned()
+    compute_loss = trainer.compute_loss
+
+    def runs_out(model, inputs, *args, **kwargs):
+        loss = compute_loss(model, inputs, *args, **kwargs)
+        if inputs["input_ids"].numel() > tokens / 3:
+            loss.backward(retain_graph=True)  # as if in the middle of the backward
+            raise torch.OutOfMemoryError("no more")
+        return loss
+
+    monkeypatch.setattr(trainer, "compute_loss", runs_out)
+    found, same = learned()
+    assert found == pytest.approx(loss, rel=1e-5)
+    assert trainer.most_tokens <= tokens / 2
+    for gradient, expected in zip(same, gradients, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_a_row_that_memory_cannot_hold_is_named(trainer_of, monkeypatch):
+    trainer, _ = trainer_of()
+
+    def runs_out(*args, **kwargs):
+        raise torch.OutOfMemoryError("no more")
+
+    monkeypatch.setattr(trainer, "compute_loss", runs_out)
+    with pytest.raises(WillNotFit, match="memory ran out in a forward of"):
+        trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())), torch.tensor(1))
+
+
 def test_what_trl_computes_differently_is_left_to_it(trainer_of):
     trainer, _ = trainer_of("train.args={loss_type: dft}")
     assert trainer.packed and not trainer.own_head
@@ -133,6 +176,7 @@ def test_what_trl_computes_differently_is_left_to_it(trainer_of):
 def test_a_process_without_rows_runs_a_token_and_learns_nothing(trainer_of):
     trainer, _ = trainer_of()
     batch = trainer._collate([])
+    assert batch.pop("rows") == []
     loss = trainer.compute_loss(trainer.model, batch, num_items_in_batch=torch.tensor(10))
     loss.backward()
     assert loss.item() == 0
