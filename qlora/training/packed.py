@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -22,6 +23,14 @@ from transformers.masking_utils import sdpa_mask
 
 NAME = "qlora_packed"
 IGNORED = -100
+# cuDNN's kernels are the fastest on a Hopper GPU, and want a plan for every length: only for such as full rows have.
+FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
+LENGTHS_THAT_COME_AGAIN = 256
 # Of logits, where rows see each other; orders of rounding are far below it, in bf16 too.
 LEAK = 0.1
 
@@ -145,6 +154,10 @@ def _attention(
         )
     if dropout or kwargs.get("softcap") is not None:
         raise ValueError("packed attention has neither dropout nor a soft cap")
+    rows, positions = len(cu_seq_lens_q) - 1, query.shape[2]
+    short = sliding_window is None or max_length_q <= sliding_window
+    if query.is_cuda and short and rows * max_length_q == positions and max_length_q % LENGTHS_THAT_COME_AGAIN == 0:
+        return _like_rows(query, key, value, rows, scaling), None
     attend = _by_kernel if query.is_cuda and query.dtype != torch.float32 else _row_by_row
     output_THD = attend(
         query[0].transpose(0, 1),
@@ -156,6 +169,16 @@ def _attention(
         sliding_window,
     )
     return output_THD[None], None
+
+
+def _like_rows(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int, scaling: float | None
+) -> torch.Tensor:
+    """[1, H, T, D] → [1, T, H, D] of rows of one length: a batch of them, to the fastest kernel that takes it."""
+    query, key, value = (x[0].unflatten(1, (rows, -1)).transpose(0, 1) for x in (query, key, value))
+    with sdpa_kernel(FASTEST_FIRST, set_priority=True):
+        output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return output.transpose(1, 2).flatten(0, 1)[None]
 
 
 def _by_kernel(

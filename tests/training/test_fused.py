@@ -1,6 +1,7 @@
 """The fused path against PEFT's own: outputs and gradients, and which layers keep PEFT's."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
-from qlora.training.fused import fuse
+from qlora.training.fused import fuse, fuse_rotary
 
 SIZES = {
     "hidden_size": 64,
@@ -179,3 +180,17 @@ def test_parameters_and_files_stay_those_of_peft(tmp_path):
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     model.save_pretrained(tmp_path)
     assert (tmp_path / "adapter_model.safetensors").is_file()
+
+
+def test_the_rotary_embedding_is_replaced_where_it_is_the_same_and_only_for_training_on_a_gpu(monkeypatch):
+    module = sys.modules[type(model_of("llama").get_base_model()).__module__]
+    plain = getattr(module.apply_rotary_pos_emb, "plain", module.apply_rotary_pos_emb)
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", plain)  # put back afterwards
+    assert fuse_rotary(model_of("llama")) == 1
+    replaced = module.apply_rotary_pos_emb
+    assert replaced is not plain and replaced.plain is plain
+    assert fuse_rotary(model_of("llama")) == 0, "once is enough"
+    query, angles = torch.randn(1, 2, 3, 8, requires_grad=True), torch.randn(1, 3, 8)
+    assert all(map(torch.equal, replaced(query, query, angles, angles), plain(query, query, angles, angles)))
+    module.apply_rotary_pos_emb = lambda q, k, cos, sin: (q, k)
+    assert fuse_rotary(model_of("llama")) == 0, "another embedding"

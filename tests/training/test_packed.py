@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora.training import packed
 from qlora.training.packed import allow_packed, pack
 
 SIZES = {
@@ -90,3 +91,14 @@ def test_rows_do_not_see_each_other():
         after = model(**pack([([7] * LENGTHS[0], [7] * LENGTHS[0]), *rows[1:]])).logits
     torch.testing.assert_close(before[:, LENGTHS[0] :], after[:, LENGTHS[0] :])
     assert not torch.equal(before[:, : LENGTHS[0]], after[:, : LENGTHS[0]])
+
+
+@pytest.mark.parametrize("lengths", [(256, 256), (512,), (4, 4, 4)])
+def test_rows_of_one_length_are_a_batch_of_them(lengths):
+    """What a GPU does with full rows, on this device: equal to attention row by row."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, sum(lengths), 16, generator=generator) for heads in (4, 2, 2))
+    ends = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    expected, _ = packed._attention(None, query, key, value, None, cu_seq_lens_q=ends, max_length_q=max(lengths))
+    torch.testing.assert_close(packed._like_rows(query, key, value, len(lengths), None), expected)
+    assert expected.shape == (1, sum(lengths), 4, 16)
