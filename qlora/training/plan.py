@@ -32,6 +32,8 @@ class TrainingPlan:
     """4 N: a forward, and a backward to activations alone, through the N weights that a token is multiplied with."""
     peak_flops: float | None
     """Of all processes' devices; None where it is not known."""
+    parts: dict[str, int]
+    """Bytes by formula of what is live at the peak, without the process and slack."""
 
     @property
     def text(self) -> str:
@@ -100,7 +102,9 @@ def plan_training(
     chosen = plan(trained, divisions, total * rows / len(row_tokens) / processes, budget)
     flops = 4.0 * (shapes.active + shapes.head)
     peak = None if machine.peak is None else machine.peak * processes
-    return TrainingPlan(found[chosen.forwards][0], chosen, shapes.layers, budget, flops, peak)
+    return TrainingPlan(
+        found[chosen.forwards][0], chosen, shapes.layers, budget, flops, peak, trained.parts(chosen.largest)
+    )
 
 
 def _counts(most: int) -> Iterator[int]:

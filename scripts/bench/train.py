@@ -1,11 +1,17 @@
 """Tokens per second and memory of QLoRA training: ours, TRL and unsloth on one checkpoint and the same rows.
 
     python scripts/bench/train.py --out DIR --shape llama-3.1-8b --length 4096 --micro-batch 2 [--layers 32]
-        [--engines ours,trl,unsloth] [--checkpointing off,on] [--set train.kernels=plain]
+        [--engines ours,trl,unsloth] [--checkpointing off,on,auto] [--set train.kernels=plain] [--rank 16]
+    python scripts/bench/train.py --out DIR --shape llama-3.1-8b --train gsm8k_train.jsonl --tokenizer MODEL
+        --micro-batch 8 --rows-per-step 64 --checkpointing auto
+    python scripts/bench/train.py --out DIR --model MODEL --train gsm8k_train.jsonl …
 
-Writes a random-weight checkpoint of the shape to --work (once) and trains r=16 adapters on all linear layers on rows of
-random tokens, a process for each line of the table. Seconds are the median of the steps after the fourth; memory is the
-peak from the first step on. A run whose gradient norm is zero at any step is a failure: it did not train.
+With --shape, a random-weight checkpoint is written to --work (once). Rows are random tokens of one length, or those of
+a JSONL file (GSM8K's columns, or any format a recipe takes), rendered as in training. Adapters are on all linear
+layers. A line of the table is a process of its own. Seconds are the median of the steps after the fourth, tokens are
+real ones, memory is the peak from the first step on, "by formula" what our plan expects of it. Peers take --micro-batch
+rows a forward, padded; ours as many tokens with checkpointing on or off, and what it plans with auto. A run whose
+gradient norm is zero at any step is a failure: it did not train.
 """
 
 from __future__ import annotations
@@ -22,7 +28,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from merge import as_chat
 from random_llama import SHAPES, first_layers, write_checkpoint
+
+from qlora.cli import ALLOCATOR
+from qlora.measure import host_peak_gib
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WARM_UP = 4
@@ -32,44 +42,87 @@ GIB = 2**30
 def main() -> None:
     arguments = parse()
     if arguments.job:
-        print("RESULT", json.dumps(one(json.loads(arguments.job))))
+        print("RESULT", json.dumps(one(json.loads(Path(arguments.job).read_text()))))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
-    layers = arguments.layers or SHAPES[arguments.shape]["num_hidden_layers"]
-    source = write_checkpoint(arguments.shape, layers, arguments.work / f"{arguments.shape}-source", "cuda")
-    model = first_layers(source, arguments.shape, layers, arguments.work / f"{arguments.shape}-{layers}")
+    model = arguments.model or random_model(arguments)
+    rows_file = arguments.out / "rows.json"
+    rows_file.write_text(json.dumps(rows_of(arguments)))
     rows = []
     for engine in arguments.engines:
         for checkpointing in arguments.checkpointing:
-            job = {key: getattr(arguments, key) for key in ("length", "micro_batch", "steps", "set")}
-            job |= {"engine": engine, "checkpointing": checkpointing == "on", "model": str(model)}
-            job |= {"vocabulary": SHAPES[arguments.shape]["vocab_size"]}
-            rows.append(run(job, arguments.out / f"{engine}-{checkpointing}.log", arguments.timeout))
+            job = {
+                key: getattr(arguments, key)
+                for key in ("length", "micro_batch", "rows_per_step", "steps", "rank", "set", "device")
+            }
+            job |= {"engine": engine, "checkpointing": checkpointing, "model": str(model), "rows": str(rows_file)}
+            rows.append(run(job, arguments.out / f"{engine}-{checkpointing}", arguments.timeout))
             print(line(rows[-1]), flush=True)
-    (arguments.out / "train.json").write_text(json.dumps({"machine": torch.cuda.get_device_name(), "rows": rows}))
+    report = {
+        "machine": torch.cuda.get_device_name() if arguments.device != "cpu" else "CPU",
+        "arguments": sys.argv[1:],
+        "rows": rows,
+    }
+    (arguments.out / "train.json").write_text(json.dumps(report, indent=2))
+    print(f"\n{report['machine']}\n\n{HEAD}", *map(line, rows), sep="\n")
 
 
-def run(job: dict[str, Any], log: Path, timeout: float | None) -> dict[str, Any]:
+def random_model(arguments: argparse.Namespace) -> Path:
+    layers = arguments.layers or SHAPES[arguments.shape]["num_hidden_layers"]
+    source = write_checkpoint(arguments.shape, layers, arguments.work / f"{arguments.shape}-source", arguments.device)
+    return first_layers(source, arguments.shape, layers, arguments.work / f"{arguments.shape}-{layers}")
+
+
+def rows_of(arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
+    """Token ids and labels of as many rows as the steps take."""
+    count = arguments.rows_per_step * arguments.steps
+    if not arguments.train:
+        generator = torch.Generator().manual_seed(0)
+        vocabulary = SHAPES[arguments.shape]["vocab_size"] if arguments.shape else 1000
+        rows = torch.randint(10, vocabulary, (count, arguments.length), generator=generator).tolist()
+        return [{"input_ids": row, "labels": row} for row in rows]
+    from qlora.data.rendering import prepare
+    from qlora.models.loading import load_tokenizer
+    from qlora.recipe import Data
+
+    path = as_chat(arguments.train, arguments.out, count)
+    data = Data.model_validate({"train": [{"path": str(path)}], "max_length": arguments.length, "loss_on": "all"})
+    found = prepare(data.train, load_tokenizer(arguments.tokenizer or arguments.model), data, split_name="train").rows
+    return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in found]
+
+
+def run(job: dict[str, Any], place: Path, timeout: float | None) -> dict[str, Any]:
     environment = dict(os.environ, HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", TOKENIZERS_PARALLELISM="false")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
-    command = [sys.executable, __file__, "--out", str(log.parent), "--job", json.dumps(job)]
-    try:
-        done = subprocess.run(command, env=environment, timeout=timeout, capture_output=True, text=True)
-    except subprocess.TimeoutExpired:
-        return job | {"error": f"no result after {timeout} s"}
-    log.write_text(done.stdout + done.stderr)
+    environment = ALLOCATOR | environment
+    job_file = place.with_suffix(".job.json")
+    job_file.write_text(json.dumps(job))
+    command = [sys.executable, __file__, "--out", str(place.parent), "--job", str(job_file)]
+    with place.with_suffix(".log").open("w") as log:
+        try:
+            done = subprocess.run(
+                command, env=environment, timeout=timeout, stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        except subprocess.TimeoutExpired:
+            return job | {"error": f"no result after {timeout} s"}
     results = [text for text in done.stdout.splitlines() if text.startswith("RESULT ")]
     if done.returncode or not results:
-        last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        last = (place.with_suffix(".log").read_text().strip().splitlines() or ["no output"])[-1]
         return job | {"error": last[:300]}
     return job | json.loads(results[-1].removeprefix("RESULT "))
 
 
+HEAD = """| engine | checkpointing | tokens/s | real tokens | GiB | by formula | reserved | first loss | plan |
+| --- | --- | --- | --- | --- | --- | --- | --- | --- |"""
+
+
 def line(row: dict[str, Any]) -> str:
-    head = f"| {row['engine']} | {'on' if row['checkpointing'] else 'off'} |"
+    head = f"| {row['engine']} | {row['checkpointing']} |"
     if "error" in row:
         return f"{head} failed: {row['error']} |"
-    return f"{head} {row['tokens_per_second']:,.0f} | {row['allocated']:.1f} | {row['reserved']:.1f} |"
+    expected = f"{row['expected']:.1f}" if row["expected"] else ""
+    figures = f"{row['tokens_per_second']:,.0f} | {row['share']:.0%} | {row['allocated']:.2f} | {expected}"
+    return f"{head} {figures} | {row['reserved']:.1f} | {row['losses'][0]:.3f} | {row['plan'] or ''} |"
 
 
 def one(job: dict[str, Any]) -> dict[str, Any]:
@@ -77,41 +130,58 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     trainer = {"ours": ours, "trl": trl, "unsloth": unsloth}[job["engine"]](job)
     times: list[float] = []
     trainer.add_callback(_timer(times))
-    torch.cuda.reset_peak_memory_stats()
+    on_gpu = job["device"] != "cpu"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
     if not logs or any(not float(entry["grad_norm"]) > 0 for entry in logs):
         raise RuntimeError("a step without a gradient")
-    seconds = statistics.median(times[WARM_UP:])
+    plan = getattr(trainer, "plan", None)
+    tokens = sum(len(row["input_ids"]) for row in token_rows(job))
+    positions = plan.schedule.work(job["steps"])[-1][1] if plan else padded_positions(job)
     return {
-        "tokens_per_second": job["micro_batch"] * job["length"] / seconds,
+        "tokens_per_second": tokens / job["steps"] / statistics.median(times[WARM_UP:]),
+        "share": tokens / positions,
         "step_seconds": times,
-        "allocated": torch.cuda.max_memory_allocated() / GIB,
-        "reserved": torch.cuda.max_memory_reserved() / GIB,
+        "allocated": torch.cuda.max_memory_allocated() / GIB if on_gpu else host_peak_gib(),
+        "reserved": torch.cuda.max_memory_reserved() / GIB if on_gpu else 0.0,
+        "expected": sum(plan.parts.values()) / GIB if plan else None,
+        "plan": plan.text if plan else None,
         "losses": [entry["loss"] for entry in logs],
         "grad_norms": [float(entry["grad_norm"]) for entry in logs],
     }
+
+
+def padded_positions(job: dict[str, Any]) -> int:
+    """Of a peer, were its batches those of the file's order; it shuffles."""
+    lengths = [len(row["input_ids"]) for row in token_rows(job)]
+    batches = [lengths[start : start + job["micro_batch"]] for start in range(0, len(lengths), job["micro_batch"])]
+    return sum(len(batch) * max(batch) for batch in batches)
 
 
 def _timer(times: list[float]) -> Any:
     from transformers import TrainerCallback
 
     class Timer(TrainerCallback):
+        def wait(self) -> None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize()
+            self.wait()
             self.begun = time.perf_counter()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            torch.cuda.synchronize()
+            self.wait()
             times.append(time.perf_counter() - self.begun)
 
     return Timer()
 
 
-def token_rows(job: dict[str, Any]) -> list[list[int]]:
-    generator = torch.Generator().manual_seed(0)
-    count = job["micro_batch"] * (job["steps"] + 2)
-    return torch.randint(10, job["vocabulary"], (count, job["length"]), generator=generator).tolist()
+def token_rows(job: dict[str, Any]) -> list[dict[str, list[int]]]:
+    found: list[dict[str, list[int]]] = json.loads(Path(job["rows"]).read_text())
+    return found
 
 
 def ours(job: dict[str, Any]) -> Any:
@@ -125,29 +195,30 @@ def ours(job: dict[str, Any]) -> Any:
         "name": "bench",
         "model": {"base": job["model"]},
         "data": {"train": [{"path": "unused.jsonl"}], "max_length": job["length"]},
-        "lora": {"r": 16, "alpha": 16},
+        "lora": {"r": job["rank"], "alpha": job["rank"]},
         "train": {
             "max_steps": job["steps"],
-            "batch_size": job["micro_batch"],
-            "micro_batch_tokens": job["micro_batch"] * job["length"],
+            "batch_size": job["rows_per_step"],
             "scheduler": "constant",
             "learning_rate": 1e-4,
-            "gradient_checkpointing": job["checkpointing"],
             "checkpoint_every": 10**6,
         },
     }
+    if job["checkpointing"] != "auto":
+        document["train"]["micro_batch_tokens"] = job["micro_batch"] * job["length"]
+        document["train"]["gradient_checkpointing"] = job["checkpointing"] == "on"
     for key, value in job["set"].items():
         section, _, name = key.partition(".")
         document.setdefault(section, {})[name] = value
     recipe = Recipe.model_validate(document)
-    rows = [RenderedRow(ids, ids) for ids in token_rows(job)]
+    rows = [RenderedRow(row["input_ids"], row["labels"], 0, False, "") for row in token_rows(job)]
     return build_trainer(
         recipe,
         resolve_base(job["model"], None),
         load_tokenizer(Path(job["model"])),
         rows,
         [],
-        device="cuda:0",
+        device="cpu" if job["device"] == "cpu" else "cuda:0",
         checkpoints=Path(tempfile.mkdtemp()),
     )
 
@@ -158,6 +229,7 @@ def _sft_config(job: dict[str, Any], checkpointing: bool) -> Any:
     return SFTConfig(
         output_dir=tempfile.mkdtemp(),
         per_device_train_batch_size=job["micro_batch"],
+        gradient_accumulation_steps=job["rows_per_step"] // job["micro_batch"],
         max_steps=job["steps"],
         logging_steps=1,
         report_to=[],
@@ -176,8 +248,7 @@ def _sft_config(job: dict[str, Any], checkpointing: bool) -> Any:
 def _dataset(job: dict[str, Any]) -> Any:
     from datasets import Dataset
 
-    rows = token_rows(job)
-    return Dataset.from_dict({"input_ids": rows, "labels": rows, "attention_mask": [[1] * job["length"]] * len(rows)})
+    return Dataset.from_list(token_rows(job))
 
 
 def trl(job: dict[str, Any]) -> Any:
@@ -196,10 +267,12 @@ def trl(job: dict[str, Any]) -> Any:
     )
     return SFTTrainer(
         model=model,
-        args=_sft_config(job, job["checkpointing"]),
+        args=_sft_config(job, job["checkpointing"] != "off"),
         train_dataset=_dataset(job),
         processing_class=AutoTokenizer.from_pretrained(job["model"]),
-        peft_config=LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear", r=16, lora_alpha=16),
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM", target_modules="all-linear", r=job["rank"], lora_alpha=job["rank"]
+        ),
     )
 
 
@@ -212,10 +285,10 @@ def unsloth(job: dict[str, Any]) -> Any:
     names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     model = FastLanguageModel.get_peft_model(
         model,
-        r=16,
-        lora_alpha=16,
+        r=job["rank"],
+        lora_alpha=job["rank"],
         target_modules=names,
-        use_gradient_checkpointing="unsloth" if job["checkpointing"] else False,
+        use_gradient_checkpointing="unsloth" if job["checkpointing"] != "off" else False,
     )
     from trl import SFTTrainer
 
@@ -228,18 +301,28 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-train", help="checkpoints")
-    parser.add_argument("--shape", choices=SHAPES, default="llama-3.1-8b")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--shape", choices=SHAPES, help="random weights of this shape")
+    what.add_argument("--model", type=Path, help="directory of a 16-bit checkpoint")
+    parser.add_argument("--train", type=Path, help="real rows, in place of random tokens")
+    parser.add_argument("--tokenizer", type=Path, help="directory of the tokenizer for --train, if not --model's")
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--layers", type=int, help="fewer layers than the shape has, for a trial")
-    parser.add_argument("--length", type=int, default=4096)
-    parser.add_argument("--micro-batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=4096, help="tokens of a row, at most")
+    parser.add_argument("--micro-batch", type=int, default=2, help="rows of a forward")
+    parser.add_argument("--rows-per-step", type=int, help="default: --micro-batch")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--engines", type=lambda text: text.split(","), default=["ours", "trl", "unsloth"])
-    parser.add_argument("--checkpointing", type=lambda text: text.split(","), default=["off", "on"])
+    parser.add_argument("--checkpointing", type=lambda text: text.split(","), default=["off", "on", "auto"])
     parser.add_argument("--set", type=assignment, action="append", default=[], help="key=value of our recipe")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: ours alone, for a trial")
     parser.add_argument("--timeout", type=float)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.set = dict(arguments.set)
+    arguments.rows_per_step = arguments.rows_per_step or arguments.micro_batch
+    if not arguments.job and not (arguments.shape or arguments.model):
+        parser.error("give --shape or --model")
     return arguments
 
 
