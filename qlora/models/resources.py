@@ -87,6 +87,8 @@ class Pass:
     """Positions, padding included."""
     recomputed: int
     """Decoder layers whose activations are computed again in the backward."""
+    offloaded: bool = False
+    """Whether the inputs of those layers wait in host memory."""
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ m: tokens of a forward, c of L layers computed again, h: bytes of a hidden state
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora.models.resources import (
     BYTES,
@@ -35,6 +35,9 @@ FUSED_HEAD_BYTES = 2**29  # logits of our own at a time
 DEQUANTIZE_RATE = {"cuda": 1e12, "cpu": 1e9}
 # Seconds of a forward and backward pass that do not depend on its tokens, per layer: kernel launches.
 PASS_SECONDS = {"cuda": 6e-4, "cpu": 1e-3}
+# Inputs of layers that are on the device at a time, of those that wait in host memory.
+OFFLOADED_ON_DEVICE = 3
+OFFLOADING_SLOWER = 1.05  # copies beside the computation take some of the memory's bandwidth
 UNKNOWN_PEAK = 100e12  # of a GPU that is not known
 
 
@@ -67,11 +70,12 @@ class Trained:
         first = (shapes.layers - one.recomputed) * kept
         again = kept if one.recomputed else 0
         dequantized = 0 if self.recipe.model.quantization == "none" else (1 if self.fused else 2) * itemsize
+        inputs = min(one.recomputed, OFFLOADED_ON_DEVICE) if one.offloaded else one.recomputed
         at_the_head = first + max(head, work) > again + work
         return {
             "base": base_bytes(self.recipe, shapes),
             "adapter and optimizer": 4 * BYTES[self.recipe.lora.dtype] * self.adapter.trainable,
-            "inputs of recomputed layers": one.recomputed * one.tokens * shapes.hidden_size * itemsize,
+            "inputs of recomputed layers": inputs * one.tokens * shapes.hidden_size * itemsize,
             "saved activations": first if at_the_head else again,
             "output head or backward": max(head, work) if at_the_head else work,
             "dequantized weights": dequantized * max(linear.parameters for linear in shapes.linears),
@@ -93,6 +97,8 @@ class Trained:
         weights = 0 if self.recipe.model.quantization == "none" else self.shapes.quantized
         passes = 2 + share
         fixed = passes * weights / DEQUANTIZE_RATE[device] + PASS_SECONDS[device] * self.shapes.layers
+        if one.offloaded:
+            computing *= OFFLOADING_SLOWER
         return computing + fixed
 
     def _kept_bytes(self) -> int:
@@ -146,12 +152,14 @@ def plan(trained: Trained, divisions: Iterable[tuple[int, int]], step_tokens: fl
     fastest: tuple[float, Plan] | None = None
     smallest: Plan | None = None
     for forwards, tokens in divisions:
-        for recomputed in every[trained.recipe.train.gradient_checkpointing]:
-            largest = Pass(tokens, recomputed)
+        asked = [Pass(tokens, recomputed) for recomputed in every[trained.recipe.train.gradient_checkpointing]]
+        if trained.machine.on_gpu and asked[-1].recomputed:
+            asked.append(replace(asked[-1], offloaded=True))
+        for largest in asked:
             found = Plan(forwards, largest, trained.peak(largest))
             smallest = min(smallest or found, found, key=lambda each: each.peak)
             if found.peak <= budget:
-                seconds = forwards * trained.seconds(Pass(round(step_tokens / forwards), recomputed))
+                seconds = forwards * trained.seconds(replace(largest, tokens=round(step_tokens / forwards)))
                 if fastest is None or seconds < fastest[0]:
                     fastest = seconds, found
                 break  # more layers again would only be slower

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from qlora.errors import UserError
+from qlora.host_tensors import HostTensors
 from qlora.quantization.calibration import Batch, LayerCall, LayerInputs, record_layer_inputs
 from qlora.quantization.skeleton import Skeleton
 
@@ -24,54 +25,6 @@ from qlora.quantization.skeleton import Skeleton
 HIDDEN_STATES_ON_DEVICE_BYTES = 2**31
 REPLAYED_ON_DEVICE_BYTES = 2**30
 BATCHES_AHEAD = 2
-
-
-class BatchTensors:
-    """One tensor per batch: on the device up to a number of bytes, the others in pinned host memory."""
-
-    def __init__(self, device: str, on_device_bytes: int) -> None:
-        self.device = device
-        self._left = on_device_bytes
-        self._places: dict[int, torch.Tensor] = {}
-        self._coming: dict[int, tuple[torch.Tensor, torch.cuda.Event]] = {}
-        self._copies = torch.cuda.Stream(device) if device != "cpu" else None
-
-    def put(self, batch: int, tensor: torch.Tensor) -> None:
-        """Keep a tensor of the device, which must not change any more; it replaces what was there."""
-        self._coming.pop(batch, None)  # what was fetched and never asked for is old now
-        place = self._places.get(batch)
-        if place is not None and place.shape != tensor.shape:
-            self._left += place.nbytes if place.is_cuda else 0
-            place = None
-        if place is None and self._copies is not None:
-            if tensor.nbytes > self._left:
-                place = self._places[batch] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-            else:
-                self._left -= tensor.nbytes
-        if self._copies is None or place is None or place.is_cuda:
-            self._places[batch] = tensor
-            return
-        self._copies.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._copies):
-            place.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._copies)
-
-    def prefetch(self, batch: int) -> None:
-        """Begin to copy a tensor to the device."""
-        place = self._places[batch]
-        if self._copies is not None and not place.is_cuda and batch not in self._coming:
-            with torch.cuda.stream(self._copies):
-                self._coming[batch] = place.to(self.device, non_blocking=True), self._copies.record_event()
-
-    def get(self, batch: int) -> torch.Tensor:
-        """The tensor on the device."""
-        self.prefetch(batch)
-        if batch not in self._coming:
-            return self._places[batch]
-        tensor, copied = self._coming.pop(batch)
-        torch.cuda.current_stream().wait_event(copied)
-        tensor.record_stream(torch.cuda.current_stream())
-        return tensor
 
 
 class CalibrationStates:
@@ -92,9 +45,9 @@ class CalibrationStates:
         self.running = 0
         """The batch whose forward runs."""
         self._calls: list[Sequence[LayerCall]] = []
-        self._hidden = BatchTensors(device, HIDDEN_STATES_ON_DEVICE_BYTES)
+        self._hidden = HostTensors(device, HIDDEN_STATES_ON_DEVICE_BYTES)
         self._replays: list[Replay] = []
-        self._replayed: list[BatchTensors] = []
+        self._replayed: list[HostTensors] = []
         for batch, item in enumerate(inputs):
             self._calls.append(item.calls)
             self._hidden.put(batch, item.hidden_BTD)
@@ -166,7 +119,7 @@ class CalibrationStates:
         """A stand-in for this part of the layer, which returns the output of `linear`, in a tuple before `behind`."""
         number = len(self._replays)
         if number == len(self._replayed):
-            self._replayed.append(BatchTensors(self.device, REPLAYED_ON_DEVICE_BYTES))
+            self._replayed.append(HostTensors(self.device, REPLAYED_ON_DEVICE_BYTES))
         self._replays.append(Replay(part, linear, behind, self, self._replayed[number]))
         return self._replays[-1]
 
@@ -183,7 +136,7 @@ class Replay:
         linear: nn.Module,
         behind: tuple[None, ...] | None,
         states: CalibrationStates,
-        kept: BatchTensors,
+        kept: HostTensors,
     ) -> None:
         self._part, self._linear, self._behind = part, linear, behind
         self._replaced: Any = vars(part).get("forward")

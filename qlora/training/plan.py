@@ -41,6 +41,7 @@ class TrainingPlan:
         one, count = self.memory.largest, self.memory.forwards
         forwards = "1 forward" if count == 1 else f"{count} forwards"
         again = f"{one.recomputed} of {self.layers} layers recomputed" if one.recomputed else "nothing recomputed"
+        again += " from inputs in host memory" if one.offloaded else ""
         sizes = f"about {self.memory.peak / 2**30:.1f} GiB of {self.budget / 2**30:.1f}"
         return f"{forwards} of up to {one.tokens:,} tokens a step, {again}, {sizes}"
 

@@ -32,6 +32,7 @@ from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
 from qlora.training.fused import fuse, fuse_head
 from qlora.training.packed import allow_packed
 from qlora.training.plan import TrainingPlan, plan_training
+from qlora.training.recompute import recompute_first
 from qlora.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -91,7 +92,8 @@ def build_trainer(
     plan = _plan(recipe, row_tokens, model, config, device, padded=cannot_pack is not None)
     log.info("training: %s", plan.text)
     config.gradient_accumulation_steps = plan.schedule.forwards
-    config.gradient_checkpointing = plan.memory.largest.recomputed > 0
+    largest = plan.memory.largest
+    recompute_first(model.get_base_model(), largest.recomputed, offload=largest.offloaded)
     trainer = Trainer(
         rows=rows,
         plan=plan,
@@ -157,7 +159,7 @@ def sft_config(recipe: Recipe, device: str, checkpoints: Path, has_eval: bool) -
         "weight_decay": train.weight_decay,
         "max_grad_norm": train.max_grad_norm,
         "optim": "adamw_torch_fused" if device.startswith("cuda") else "adamw_torch",
-        "gradient_checkpointing_kwargs": {"use_reentrant": False},
+        "gradient_checkpointing": False,  # by `recompute_first`
         "bf16": recipe.model.compute_dtype == "bfloat16",
         "use_cpu": device == "cpu",
         "max_length": None,

@@ -13,12 +13,10 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from qlora.data.rendering import RenderedRow
 from qlora.errors import WillNotFit
-from qlora.quantization.modules import decoder_layers
 from qlora.training.fused import HEAD_INPUTS
 from qlora.training.packed import IGNORED, Tokens, pack, pad
 from qlora.training.plan import TrainingPlan
@@ -53,7 +51,6 @@ class Trainer(SFTTrainer):
         )
         self.most_tokens: float = math.inf
         """Of a forward, since memory ran out."""
-        self.add_callback(_RecomputeFirst(plan.memory.largest.recomputed))
         # Every loss here is divided by the tokens of the whole step, whatever the model's own forward takes.
         self.model_accepts_loss_kwargs = True
 
@@ -122,13 +119,3 @@ class Trainer(SFTTrainer):
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = {**inputs, "use_cache": False}
         return transformers.Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-
-
-class _RecomputeFirst(TrainerCallback):
-    def __init__(self, layers: int) -> None:
-        self.layers = layers
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        causal = model.module if hasattr(model, "module") else model
-        for layer in decoder_layers(causal.get_base_model())[1][self.layers :]:
-            layer.gradient_checkpointing = False  # type: ignore[assignment]

@@ -80,7 +80,10 @@ def test_only_the_adapter_trains_and_nothing_is_upcast(trainer_of):
         else:
             assert parameter.dtype in (torch.bfloat16, torch.uint8), name
     assert trainer.model.config.use_cache is False
-    assert trainer.args.gradient_checkpointing_kwargs == {"use_reentrant": False}
+    layers = trainer.model.get_base_model().model.layers
+    assert not trainer.args.gradient_checkpointing and not any(layer.gradient_checkpointing for layer in layers)
+    again, _ = trainer_of("train.gradient_checkpointing=true")
+    assert all(layer.gradient_checkpointing for layer in again.model.get_base_model().model.layers)
 
 
 def test_the_batch_holds_the_rendered_labels_and_teaches_the_end_of_turn(trainer_of):
@@ -220,7 +223,7 @@ def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, laun
     """Same rows per step on 1 and 2 processes, in fp32: the adapters agree. Only one process writes."""
     sections = {
         "model": {"compute_dtype": "float32"},
-        "train": {"max_steps": 3, "micro_batch_tokens": 64, "learning_rate": 1e-3},
+        "train": {"max_steps": 3, "micro_batch_tokens": 64, "learning_rate": 1e-3, "gradient_checkpointing": True},
     }
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     script = Path(__file__).parents[2] / "scripts" / "train.py"

@@ -1,0 +1,83 @@
+"""Activation checkpointing: some decoder layers keep their input alone and run again in the backward pass.
+
+What torch.utils.checkpoint does, with less to do: one input, one output, no dropout whose random numbers would have to
+come again. The input can wait in host memory, and comes back while the layer behind it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from qlora.host_tensors import HostTensors
+from qlora.quantization.modules import decoder_layers
+
+
+def recompute_first(model: Any, layers: int, *, offload: bool = False) -> None:
+    """Have the first `layers` decoder layers of a causal language model compute their activations again.
+
+    offload: keep their inputs in pinned host memory. Layers with dropout go through torch.utils.checkpoint, which draws
+    the same random numbers again, and keep theirs on the device.
+    """
+    device = next(model.parameters()).device
+    kept = HostTensors(str(device), 0) if offload and device.type == "cuda" else None
+    for index, layer in enumerate(decoder_layers(model)[1]):
+        layer.gradient_checkpointing = index < layers  # type: ignore[assignment]
+        if index < layers:
+            again: Any = partial(_run, kept, index)
+            if _drops_out(layer):
+                again = partial(checkpoint, use_reentrant=False)
+            layer._gradient_checkpointing_func = again
+
+
+def _drops_out(layer: nn.Module) -> bool:
+    chances = [module.p for module in layer.modules() if isinstance(module, nn.Dropout)]
+    chances += [getattr(module, "attention_dropout", 0.0) for module in layer.modules()]
+    return any(isinstance(chance, float) and chance > 0 for chance in chances)
+
+
+def _run(
+    kept: HostTensors | None, index: int, layer: Callable[..., torch.Tensor], hidden: torch.Tensor
+) -> torch.Tensor:
+    if not hidden.requires_grad:  # the embeddings are frozen; a node in the graph needs an input that is not
+        hidden = hidden.detach().requires_grad_()
+    return _Again.apply(hidden, layer, kept, index)
+
+
+class _Again(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, layer: Callable[..., torch.Tensor], kept: HostTensors | None, index: int
+    ) -> torch.Tensor:
+        device = hidden.device.type
+        ctx.layer, ctx.kept, ctx.index = layer, kept, index
+        ctx.autocast = {
+            "device_type": device,
+            "dtype": torch.get_autocast_dtype(device),
+            "enabled": torch.is_autocast_enabled(device),
+        }
+        if kept is None:
+            ctx.save_for_backward(hidden)
+        else:
+            kept.put(index, hidden)
+        with torch.no_grad():
+            return layer(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
+        if ctx.kept is None:
+            (hidden,) = ctx.saved_tensors
+        else:
+            hidden = ctx.kept.get(ctx.index)
+            if ctx.index:
+                ctx.kept.prefetch(ctx.index - 1)
+        hidden = hidden.detach().requires_grad_()
+        with torch.enable_grad(), torch.autocast(**ctx.autocast):
+            output = ctx.layer(hidden)
+        torch.autograd.backward(output, grads)
+        return hidden.grad, None, None, None
