@@ -166,6 +166,8 @@ class Train(Section):
     layers as `memory` allows."""
     kernels: Literal["auto", "plain"] = "auto"
     """auto: on a GPU, the fused path for layers that it covers. plain: PEFT's and transformers' own code."""
+    profile: bool = False
+    """Write a trace of one step, and a table of where its time went, to `profile/` in the run directory."""
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints to resume from; the last two are kept."""
     evaluate_every: PositiveInt | None = None

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from qlora.errors import UserError
-from qlora.models.resources import Machine
+from qlora.models.resources import Machine, Pass
 from qlora.models.shapes import AdapterShapes, ModelShapes
 from qlora.models.training_memory import Plan, Trained, plan
 from qlora.recipe import Recipe
@@ -17,6 +17,15 @@ from qlora.training.schedule import Schedule, plan_schedule
 SHARE_OF_FREE = 0.9
 # Divisions of a step that are looked at, at most.
 MOST_FORWARDS = 64
+
+
+@dataclass(frozen=True)
+class Division:
+    """What of a plan a run keeps when it is interrupted and goes on."""
+
+    forwards: int
+    recomputed: int
+    offloaded: bool
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,11 @@ class TrainingPlan:
     """Of all processes' devices; None where it is not known."""
     parts: dict[str, int]
     """Bytes by formula of what is live at the peak, without the process and slack."""
+
+    @property
+    def division(self) -> Division:
+        one = self.memory.largest
+        return Division(self.memory.forwards, one.recomputed, one.offloaded)
 
     @property
     def text(self) -> str:
@@ -71,10 +85,12 @@ def plan_training(
     free: int,
     *,
     padded: bool,
+    before: Division | None = None,
 ) -> TrainingPlan:
     """The fastest division of the recipe's steps in `free` bytes of a device, or the share of them it may take.
 
-    padded: rows cannot be packed end to end.
+    padded: rows cannot be packed end to end. before: what an interrupted run had, which one that goes on keeps: other
+    forwards would round otherwise.
     """
     train = recipe.train
     rows = rows_per_step(recipe, row_tokens, processes)
@@ -100,7 +116,13 @@ def plan_training(
     total = sum(row_tokens)
     trained = Trained(recipe, shapes, adapter, machine, sum(length**2 for length in row_tokens) / total)
     divisions = [(forwards, longest) for forwards, (_, longest) in found.items()]
-    chosen = plan(trained, divisions, total * rows / len(row_tokens) / processes, budget)
+    if before is not None:
+        schedule = Schedule(row_tokens, rows, before.forwards, processes, recipe.seed, padded)
+        found = {before.forwards: (schedule, schedule.longest(epochs))}
+        largest = Pass(found[before.forwards][1], before.recomputed, before.offloaded)
+        chosen = Plan(before.forwards, largest, trained.peak(largest))
+    else:
+        chosen = plan(trained, divisions, total * rows / len(row_tokens) / processes, budget)
     flops = 4.0 * (shapes.active + shapes.head)
     peak = None if machine.peak is None else machine.peak * processes
     return TrainingPlan(

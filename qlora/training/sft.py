@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,14 @@ from qlora.recipe import Recipe
 from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
 from qlora.training.fused import fuse, fuse_head
 from qlora.training.packed import allow_packed
-from qlora.training.plan import TrainingPlan, plan_training
+from qlora.training.plan import Division, TrainingPlan, plan_training
+from qlora.training.profile import ProfileStep
 from qlora.training.recompute import recompute_first
 from qlora.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+PLAN = "plan.json"  # beside the checkpoints: how the run that wrote them was divided
 
 
 def train_adapter(
@@ -57,9 +61,12 @@ def train_adapter(
     trainer = build_trainer(recipe, base, tokenizer, rows, eval_rows, device=device, checkpoints=checkpoints)
     if output is not None:
         _write_provenance(trainer, recipe, base, output)
+        write_json(checkpoints / PLAN, asdict(trainer.plan.division))
     report = Report(reporter, device, trainer.plan, resumed_from=last.name if last else None)
     trainer.add_callback(report)
     trainer.add_callback(MarkComplete())
+    if recipe.train.profile and output is not None:
+        trainer.add_callback(ProfileStep(checkpoints.parent / "profile", on_gpu=device.startswith("cuda")))
     result = trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not all(torch.isfinite(parameter).all() for parameter in trainable(trainer)):
         raise UserError(
@@ -89,7 +96,9 @@ def build_trainer(
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
     config = sft_config(recipe, device, checkpoints, has_eval=bool(eval_rows))
     row_tokens = [len(row.input_ids) for row in rows]
-    plan = _plan(recipe, row_tokens, model, config, device, padded=cannot_pack is not None)
+    kept = checkpoints / PLAN
+    before = Division(**read_json(kept)) if kept.is_file() else None
+    plan = _plan(recipe, row_tokens, model, config, device, padded=cannot_pack is not None, before=before)
     log.info("training: %s", plan.text)
     config.gradient_accumulation_steps = plan.schedule.forwards
     largest = plan.memory.largest
@@ -120,7 +129,14 @@ def build_trainer(
 
 
 def _plan(
-    recipe: Recipe, row_tokens: Sequence[int], model: Any, config: SFTConfig, device: str, *, padded: bool
+    recipe: Recipe,
+    row_tokens: Sequence[int],
+    model: Any,
+    config: SFTConfig,
+    device: str,
+    *,
+    padded: bool,
+    before: Division | None,
 ) -> TrainingPlan:
     """The same on every process: in the memory of the one that has least."""
     free = free_for_training(device)
@@ -135,6 +151,7 @@ def _plan(
         machine_of(device),
         free,
         padded=padded,
+        before=before,
     )
 
 

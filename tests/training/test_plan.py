@@ -95,3 +95,12 @@ def test_what_is_computed_again_saves_memory_until_a_single_layer_is_left(llama_
     # 47,104 numbers of 16 bits per token and layer, and of attention's 32 heads one of 32.
     kept = 8192 * (2 * 47104 + 4 * 32)
     assert peaks[0] - peaks[1] == pytest.approx(1.05 * (kept - 8192 * 2 * 4096), rel=1e-6)
+
+
+def test_a_run_that_goes_on_keeps_its_division(llama_8b) -> None:
+    recipe = Recipe.model_validate({"name": "t", "model": {"base": "a/b"}, "data": {"train": [{"path": "x"}]}})
+    asked = recipe, ROWS, 1, llama_8b, AdapterShapes(41_943_040), H100
+    first = plan_training(*asked, 8 * GIB, padded=False)
+    again = plan_training(*asked, 80 * GIB, padded=False, before=first.division)
+    assert again.division == first.division != plan_training(*asked, 80 * GIB, padded=False).division
+    assert again.memory.largest == first.memory.largest and again.schedule == first.schedule

@@ -247,3 +247,14 @@ def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, laun
         assert lineage["train"]["metrics"]["steps"] == 3
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=2e-3, atol=2e-4)
+
+
+def test_a_profile_is_a_trace_and_a_table(tiny_recipe, tmp_path):
+    from qlora.pipeline import Pipeline
+
+    recipe = load_recipe(tiny_recipe(output_dir=str(tmp_path)), ("train.profile=true", "train.max_steps=2"))
+    Pipeline(recipe).run_stage("train")
+    directory = tmp_path / "tiny" / "profile"
+    assert "aten::mm" in (directory / "table.txt").read_text()
+    assert (directory / "table.txt").read_text().startswith("Step 2\n")
+    assert any("aten::mm" in str(event.get("name")) for event in read_json(directory / "trace.json")["traceEvents"])
