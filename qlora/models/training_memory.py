@@ -11,7 +11,7 @@ m: tokens of a forward, c of L layers computed again, h: bytes of a hidden state
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from qlora.models.resources import (
@@ -61,6 +61,21 @@ class Trained:
     def itemsize(self) -> int:
         return BYTES[self.recipe.model.compute_dtype]
 
+    @property
+    def quantized(self) -> int:
+        """Weights that are dequantized in every pass."""
+        return 0 if self.recipe.model.quantization == "none" else self.shapes.quantized
+
+    def passes(self, tokens: int) -> Iterator[list[Pass]]:
+        """Ways to take so many tokens, in lists from fast to slow, of which each next one needs less memory."""
+        layers = self.shapes.layers
+        counts = {None: range(layers + 1), False: range(1), True: range(layers, layers + 1)}
+        for dense in (False, True) if self.fused and self.quantized else (False,):
+            found = [Pass(tokens, count, dense=dense) for count in counts[self.recipe.train.gradient_checkpointing]]
+            if self.machine.on_gpu and found[-1].recomputed:
+                found.append(replace(found[-1], offloaded=True))
+            yield found
+
     def parts(self, one: Pass) -> dict[str, int]:
         """Bytes that are live on the device at the peak of training, by name, without the process itself."""
         shapes, itemsize = self.shapes, self.itemsize
@@ -69,7 +84,7 @@ class Trained:
         work = work if self.fused else 0  # the plain path's layers are counted with all that they hold
         first = (shapes.layers - one.recomputed) * kept
         again = kept if one.recomputed else 0
-        dequantized = 0 if self.recipe.model.quantization == "none" else (1 if self.fused else 2) * itemsize
+        dequantized = (1 if self.fused else 2) * itemsize if self.quantized and not one.dense else 0
         inputs = min(one.recomputed, OFFLOADED_ON_DEVICE) if one.offloaded else one.recomputed
         at_the_head = first + max(head, work) > again + work
         return {
@@ -79,6 +94,7 @@ class Trained:
             "saved activations": first if at_the_head else again,
             "output head or backward": max(head, work) if at_the_head else work,
             "dequantized weights": dequantized * max(linear.parameters for linear in shapes.linears),
+            "weights in 16 bits too": itemsize * self.quantized if one.dense else 0,
         }
 
     def peak(self, one: Pass) -> int:
@@ -94,9 +110,8 @@ class Trained:
         computing = self.machine.seconds(flops, TRAINING)
         if computing is None:
             computing = flops / (TRAINING.share_of_peak * UNKNOWN_PEAK)
-        weights = 0 if self.recipe.model.quantization == "none" else self.shapes.quantized
-        passes = 2 + share
-        fixed = passes * weights / DEQUANTIZE_RATE[device] + PASS_SECONDS[device] * self.shapes.layers
+        dequantizing = 0 if one.dense else (2 + share) * self.quantized / DEQUANTIZE_RATE[device]
+        fixed = dequantizing + PASS_SECONDS[device] * self.shapes.layers
         if one.offloaded:
             computing *= OFFLOADING_SLOWER
         return computing + fixed
@@ -129,17 +144,6 @@ class Plan:
     peak: int
     """Bytes by formula."""
 
-    def text(self, layers: int, budget: int) -> str:
-        """What was chosen, in a line."""
-        count = "1 forward" if self.forwards == 1 else f"{self.forwards} forwards"
-        again = (
-            f"{self.largest.recomputed} of {layers} layers recomputed"
-            if self.largest.recomputed
-            else "nothing recomputed"
-        )
-        sizes = f"about {self.peak / 2**30:.1f} of {budget / 2**30:.1f} GiB"
-        return f"{count} of at most {self.largest.tokens:,} tokens per step, {again}: {sizes}"
-
 
 def plan(trained: Trained, divisions: Iterable[tuple[int, int]], step_tokens: float, budget: int) -> Plan:
     """The division that takes the least time in `budget` bytes; where none fits, the one of the least memory.
@@ -147,22 +151,18 @@ def plan(trained: Trained, divisions: Iterable[tuple[int, int]], step_tokens: fl
     divisions: (forwards of a step, tokens of the longest) to choose from; step_tokens: mean tokens of a step, of one
     process. `train.gradient_checkpointing` says how many layers may be computed again.
     """
-    layers = trained.shapes.layers
-    every = {None: range(layers + 1), False: range(1), True: range(layers, layers + 1)}
     fastest: tuple[float, Plan] | None = None
     smallest: Plan | None = None
     for forwards, tokens in divisions:
-        asked = [Pass(tokens, recomputed) for recomputed in every[trained.recipe.train.gradient_checkpointing]]
-        if trained.machine.on_gpu and asked[-1].recomputed:
-            asked.append(replace(asked[-1], offloaded=True))
-        for largest in asked:
-            found = Plan(forwards, largest, trained.peak(largest))
-            smallest = min(smallest or found, found, key=lambda each: each.peak)
-            if found.peak <= budget:
-                seconds = forwards * trained.seconds(replace(largest, tokens=round(step_tokens / forwards)))
-                if fastest is None or seconds < fastest[0]:
-                    fastest = seconds, found
-                break  # more layers again would only be slower
+        for passes in trained.passes(tokens):
+            for largest in passes:
+                found = Plan(forwards, largest, trained.peak(largest))
+                smallest = min(smallest or found, found, key=lambda each: each.peak)
+                if found.peak <= budget:
+                    seconds = forwards * trained.seconds(replace(largest, tokens=round(step_tokens / forwards)))
+                    if fastest is None or seconds < fastest[0]:
+                        fastest = seconds, found
+                    break  # what needs less is slower
     assert smallest is not None, "there is a division"
     return fastest[1] if fastest else smallest
 

@@ -22,7 +22,7 @@ from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qlora.kernels.four_bit import FourBitWeight
+from qlora.kernels.four_bit import FourBitWeight, dequantize
 from qlora.kernels.gated_mlp import Activation, gated_mlp
 from qlora.kernels.head_loss import head_loss
 from qlora.kernels.lora_linears import FrozenLinear, lora_linears
@@ -51,8 +51,11 @@ class Fused:
     """Why adapter layers keep PEFT's forward → how many."""
 
 
-def fuse(model: nn.Module) -> Fused:
-    """Put the adapter layers of a PEFT model with one adapter on the fused path, where they can be."""
+def fuse(model: nn.Module, *, dense: bool = False) -> Fused:
+    """Put the adapter layers of a PEFT model with one adapter on the fused path, where they can be.
+
+    dense: keep their quantized weights dequantized too; the bits are the same, and the memory is that of 16 bits.
+    """
     plain: Counter[str] = Counter()
     linears = blocks = 0
     fuse_rotary(model)
@@ -61,7 +64,7 @@ def fuse(model: nn.Module) -> Fused:
         children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
         reasons = {name: reason for name, child in children.items() if (reason := obstacle(child))}
         plain.update(reasons.values())
-        layers = {name: _Layer(child) for name, child in children.items() if name not in reasons}
+        layers = {name: _Layer(child, dense=dense) for name, child in children.items() if name not in reasons}
         linears += len(layers)
         together = [[layers[name] for name in names if name in layers] for names in SIBLINGS]
         grouped = {name for names in SIBLINGS for name in names}
@@ -177,17 +180,22 @@ def obstacle(layer: LoraLayer) -> str | None:
 class _Layer:
     """One adapter layer, its frozen half in the form that kernels take."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, *, dense: bool) -> None:
         self.module = module
         (self._adapter,) = module.active_adapters
         self.plain: Callable[..., torch.Tensor] = self.module.forward
         base = module.get_base_layer()
         self.quantized = isinstance(base, Linear4bit)
         self._base: Any = base
+        self._dense = None
+        if self.quantized and dense:
+            self._dense = dequantize(FourBitWeight.of(self._base.weight), self._base.compute_dtype)
 
     @property
     def frozen(self) -> FrozenLinear:
-        weight = FourBitWeight.of(self._base.weight) if self.quantized else self._base.weight
+        weight = self._base.weight if self._dense is None else self._dense
+        if self.quantized and self._dense is None:
+            weight = FourBitWeight.of(self._base.weight)
         return FrozenLinear(weight, self._base.bias, self.module.scaling[self._adapter])
 
     @property

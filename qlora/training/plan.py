@@ -26,6 +26,7 @@ class Division:
     forwards: int
     recomputed: int
     offloaded: bool
+    dense: bool
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class TrainingPlan:
     @property
     def division(self) -> Division:
         one = self.memory.largest
-        return Division(self.memory.forwards, one.recomputed, one.offloaded)
+        return Division(self.memory.forwards, one.recomputed, one.offloaded, one.dense)
 
     @property
     def text(self) -> str:
@@ -56,6 +57,7 @@ class TrainingPlan:
         forwards = "1 forward" if count == 1 else f"{count} forwards"
         again = f"{one.recomputed} of {self.layers} layers recomputed" if one.recomputed else "nothing recomputed"
         again += " from inputs in host memory" if one.offloaded else ""
+        again += ", weights in 16 bits too" if one.dense else ""
         sizes = f"about {self.memory.peak / 2**30:.1f} GiB of {self.budget / 2**30:.1f}"
         return f"{forwards} of up to {one.tokens:,} tokens a step, {again}, {sizes}"
 
@@ -119,7 +121,7 @@ def plan_training(
     if before is not None:
         schedule = Schedule(row_tokens, rows, before.forwards, processes, recipe.seed, padded)
         found = {before.forwards: (schedule, schedule.longest(epochs))}
-        largest = Pass(found[before.forwards][1], before.recomputed, before.offloaded)
+        largest = Pass(found[before.forwards][1], before.recomputed, before.offloaded, before.dense)
         chosen = Plan(before.forwards, largest, trained.peak(largest))
     else:
         chosen = plan(trained, divisions, total * rows / len(row_tokens) / processes, budget)

@@ -123,7 +123,7 @@ def build_trainer(
             if reason:
                 log.info("%s: %s", what, reason)
     if fast and device.startswith("cuda"):
-        for reason, layers in fuse(model).plain.items():
+        for reason, layers in fuse(model, dense=largest.dense).plain.items():
             log.info("%d adapter layers train on the plain path: %s", layers, reason)
     return trainer
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora.training import packed
@@ -102,3 +103,18 @@ def test_rows_of_one_length_are_a_batch_of_them(lengths):
     expected, _ = packed._attention(None, query, key, value, None, cu_seq_lens_q=ends, max_length_q=max(lengths))
     torch.testing.assert_close(packed._like_rows(query, key, value, len(lengths), None), expected)
     assert expected.shape == (1, sum(lengths), 4, 16)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_no_mask_is_made_of_packed_rows(monkeypatch, adapted):
+    """PEFT calls the forward of what it wraps, and not the module."""
+    model = model_of("llama")
+    assert allow_packed(model) is None
+    if adapted:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    asked = []
+    monkeypatch.setattr(packed, "sdpa_mask", lambda *args, **kwargs: asked.append(1))
+    model(**pack(some_rows()))
+    assert not asked
+    model(input_ids=torch.tensor([[1, 2, 3]]), attention_mask=torch.tensor([[1, 1, 0]]))
+    assert asked
