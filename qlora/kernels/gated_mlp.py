@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from qlora.kernels import lora_linears
-from qlora.kernels.lora_linears import FrozenLinear, Source, made_again, unpacked
+from qlora.kernels.lora_linears import Copies, FrozenLinear, Source, made_again, unpacked
 
 try:
     import triton
@@ -34,10 +34,15 @@ def gated_mlp(
     adapters: Sequence[tuple[torch.Tensor, torch.Tensor]],
     activation: Activation,
     source: Source | None = None,
+    copies: tuple[Copies, Copies] | None = None,
 ) -> torch.Tensor:
-    """[T, K] of gate, up and down, and their (A, B), as `lora_linears` takes them."""
+    """[T, K] of gate, up and down, and their (A, B), as `lora_linears` takes them; copies of the first two, of down."""
     matrices = [matrix for pair in adapters for matrix in pair]
-    return _GatedMlp.apply(x_TK, linears, activation, *unpacked(source), *matrices)
+    if copies is None:
+        plain = [matrix.detach() for matrix in matrices]
+        first, last = Copies.of(plain[:4], linears[:2], x_TK.dtype), Copies.of(plain[4:], linears[2:], x_TK.dtype)
+        copies = first, last
+    return _GatedMlp.apply(x_TK, linears, activation, copies, *unpacked(source), *matrices)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -47,31 +52,33 @@ class _GatedMlp(torch.autograd.Function):
         x_TK: torch.Tensor,
         linears: tuple[FrozenLinear, FrozenLinear, FrozenLinear],
         activation: Activation,
+        copies: tuple[Copies, Copies],
         origin: torch.Tensor | None,
         make: Callable[[torch.Tensor], torch.Tensor] | None,
         *matrices: torch.Tensor,
     ) -> torch.Tensor:
-        gate_TF, up_TF = lora_linears.forward(x_TK, linears[:2], matrices[:4])
-        ctx.save_for_backward(x_TK if origin is None else origin, gate_TF, up_TF, *matrices)
-        ctx.linears, ctx.activation, ctx.make = linears, activation, make
-        (output_TK,) = lora_linears.forward(gated(gate_TF, up_TF, activation), linears[2:], matrices[4:])
+        gate_TF, up_TF = lora_linears.forward(x_TK, linears[:2], copies[0])
+        ctx.save_for_backward(x_TK if origin is None else origin, gate_TF, up_TF)
+        ctx.linears, ctx.activation, ctx.copies = linears, activation, copies
+        ctx.make, ctx.dtype = make, matrices[0].dtype
+        (output_TK,) = lora_linears.forward(gated(gate_TF, up_TF, activation), linears[2:], copies[1])
         return output_TK
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        origin, gate_TF, up_TF, *matrices = ctx.saved_tensors
-        linears, activation = ctx.linears, ctx.activation
+        origin, gate_TF, up_TF = ctx.saved_tensors
+        linears, activation, (first, last) = ctx.linears, ctx.activation, ctx.copies
         hidden_TF = gated(gate_TF, up_TF, activation)
-        grad_TF, of_down = lora_linears.backward(hidden_TF, linears[2:], matrices[4:], grads)
+        grad_TF, of_down = lora_linears.backward(hidden_TF, linears[2:], last, grads, ctx.dtype)
         del hidden_TF
         assert grad_TF is not None
         of_gate_and_up = gated_gradients(gate_TF, up_TF, grad_TF, activation)
         del grad_TF
-        x_TK = made_again(origin, ctx.make, matrices[0])
+        x_TK = made_again(origin, ctx.make, first)
         grad_x_TK, of_others = lora_linears.backward(
-            x_TK, linears[:2], matrices[:4], of_gate_and_up, of_input=ctx.needs_input_grad[0]
+            x_TK, linears[:2], first, of_gate_and_up, ctx.dtype, of_input=ctx.needs_input_grad[0]
         )
-        return grad_x_TK, None, None, None, None, *of_others, *of_down
+        return grad_x_TK, None, None, None, None, None, *of_others, *of_down
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:

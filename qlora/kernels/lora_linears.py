@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -45,15 +46,43 @@ class Source:
     """From `tensor` to x, of any shape with as many elements."""
 
 
+@dataclass(frozen=True)
+class Copies:
+    """Adapters of one input as products want them: in the dtype of x, one below the other, scaled."""
+
+    down_RK: torch.Tensor
+    """All A."""
+    ups: tuple[torch.Tensor, ...]
+    """Each s·B [N, r]."""
+
+    @classmethod
+    def of(cls, matrices: Sequence[torch.Tensor], linears: Sequence[FrozenLinear], dtype: torch.dtype) -> Copies:
+        """Of A and B of the first linear, of the second, and so on."""
+        down_RK = torch.cat([matrix.to(dtype) for matrix in matrices[::2]])
+        ups = [(matrix * linear.scaling).to(dtype) for matrix, linear in zip(matrices[1::2], linears, strict=True)]
+        return cls(down_RK, tuple(ups))
+
+    @property
+    def parts(self) -> list[slice]:
+        """Which of the R columns belong to which linear."""
+        ends = list(accumulate((up.shape[1] for up in self.ups), initial=0))
+        return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
+
+
 def lora_linears(
     x_TK: torch.Tensor,
     linears: Sequence[FrozenLinear],
     adapters: Sequence[tuple[torch.Tensor, torch.Tensor]],
     source: Source | None = None,
+    copies: Copies | None = None,
 ) -> tuple[torch.Tensor, ...]:
-    """y_i [T, N_i] of every linear; `adapters` are its (A [r, K], B [N, r]), in the dtype of x or in fp32."""
+    """y_i [T, N_i] of every linear; `adapters` are its (A [r, K], B [N, r]), in the dtype of x or in fp32.
+
+    copies: of the adapters as they are until the backward is done; made here if not given.
+    """
     matrices = [matrix for pair in adapters for matrix in pair]
-    return _LoraLinears.apply(x_TK, tuple(linears), *unpacked(source), *matrices)
+    copies = copies or Copies.of([matrix.detach() for matrix in matrices], linears, x_TK.dtype)
+    return _LoraLinears.apply(x_TK, tuple(linears), copies, *unpacked(source), *matrices)
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -62,20 +91,23 @@ class _LoraLinears(torch.autograd.Function):
         ctx: Any,
         x_TK: torch.Tensor,
         linears: tuple[FrozenLinear, ...],
+        copies: Copies,
         origin: torch.Tensor | None,
         make: Callable[[torch.Tensor], torch.Tensor] | None,
         *matrices: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(x_TK if origin is None else origin, *matrices)
-        ctx.linears, ctx.make = linears, make
-        return tuple(forward(x_TK, linears, matrices))
+        ctx.save_for_backward(x_TK if origin is None else origin)
+        ctx.linears, ctx.copies, ctx.make, ctx.dtype = linears, copies, make, matrices[0].dtype
+        return tuple(forward(x_TK, linears, copies))
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        origin, *matrices = ctx.saved_tensors
-        x_TK = made_again(origin, ctx.make, matrices[0])
-        grad_x_TK, gradients = backward(x_TK, ctx.linears, matrices, grads, of_input=ctx.needs_input_grad[0])
-        return grad_x_TK, None, None, None, *gradients
+        (origin,) = ctx.saved_tensors
+        x_TK = made_again(origin, ctx.make, ctx.copies)
+        grad_x_TK, gradients = backward(
+            x_TK, ctx.linears, ctx.copies, grads, ctx.dtype, of_input=ctx.needs_input_grad[0]
+        )
+        return grad_x_TK, None, None, None, None, *gradients
 
 
 def unpacked(
@@ -86,20 +118,17 @@ def unpacked(
 
 
 def made_again(
-    origin: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor] | None, down_RK: torch.Tensor
+    origin: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor] | None, copies: Copies
 ) -> torch.Tensor:
     """x [T, K], from what was kept."""
-    return origin if make is None else make(origin).reshape(-1, down_RK.shape[1])
+    return origin if make is None else make(origin).reshape(-1, copies.down_RK.shape[1])
 
 
-def forward(
-    x_TK: torch.Tensor, linears: Sequence[FrozenLinear], matrices: Sequence[torch.Tensor]
-) -> list[torch.Tensor]:
-    """y_i of every linear; `matrices` are A and B of the first, of the second, and so on."""
-    down_RK, ups = _in_dtype(matrices, linears, x_TK.dtype)
-    inner_TR = x_TK @ down_RK.T
+def forward(x_TK: torch.Tensor, linears: Sequence[FrozenLinear], copies: Copies) -> list[torch.Tensor]:
+    """y_i of every linear."""
+    inner_TR = x_TK @ copies.down_RK.T
     outputs = []
-    for linear, up_NR, part in zip(linears, ups, _parts(ups), strict=True):
+    for linear, up_NR, part in zip(linears, copies.ups, copies.parts, strict=True):
         weight_NK = _dense(linear.weight, x_TK.dtype)
         y_TN = torch.nn.functional.linear(x_TK, weight_NK, linear.bias_N)
         outputs.append(y_TN.addmm_(inner_TR[:, part], up_NR.T))
@@ -109,43 +138,27 @@ def forward(
 def backward(
     x_TK: torch.Tensor,
     linears: Sequence[FrozenLinear],
-    matrices: Sequence[torch.Tensor],
+    copies: Copies,
     grads: Sequence[torch.Tensor],
+    dtype: torch.dtype,
     *,
     of_input: bool = True,
 ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """(gradient of x if it is asked for, gradients of the matrices) from those of every y_i."""
-    down_RK, ups = _in_dtype(matrices, linears, x_TK.dtype)
-    parts = _parts(ups)
-    inner_TR = x_TK @ down_RK.T
+    """(gradient of x if it is asked for, gradients of A and B of every linear in `dtype`) from those of every y_i."""
+    inner_TR = x_TK @ copies.down_RK.T
     u_TR = torch.empty_like(inner_TR)
     grad_x_TK = None
     of_ups = []
-    for linear, up_NR, matrix, part, grad_TN in zip(linears, ups, matrices[1::2], parts, grads, strict=True):
-        u_TR[:, part] = grad_TN @ up_NR
-        of_ups.append(_product(grad_TN.T, inner_TR[:, part], matrix.dtype).mul_(linear.scaling))
+    for linear, up_NR, part, grad_TN in zip(linears, copies.ups, copies.parts, grads, strict=True):
+        torch.mm(grad_TN, up_NR, out=u_TR[:, part])
+        of_ups.append(_product(grad_TN.T, inner_TR[:, part], dtype).mul_(linear.scaling))
         if of_input:
             weight_NK = _dense(linear.weight, x_TK.dtype)
             grad_x_TK = grad_TN @ weight_NK if grad_x_TK is None else grad_x_TK.addmm_(grad_TN, weight_NK)
     if grad_x_TK is not None:
-        grad_x_TK.addmm_(u_TR, down_RK)
-    of_downs = _product(u_TR.T, x_TK, matrices[0].dtype).split([up.shape[1] for up in ups])
+        grad_x_TK.addmm_(u_TR, copies.down_RK)
+    of_downs = _product(u_TR.T, x_TK, dtype).split([up.shape[1] for up in copies.ups])
     return grad_x_TK, [matrix for pair in zip(of_downs, of_ups, strict=True) for matrix in pair]
-
-
-def _in_dtype(
-    matrices: Sequence[torch.Tensor], linears: Sequence[FrozenLinear], dtype: torch.dtype
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """(all A one below the other [R, K], each s·B [N, r]), in the dtype of products."""
-    down_RK = torch.cat([matrix.to(dtype) for matrix in matrices[::2]])
-    ups = [(matrix * linear.scaling).to(dtype) for matrix, linear in zip(matrices[1::2], linears, strict=True)]
-    return down_RK, ups
-
-
-def _parts(ups: Sequence[torch.Tensor]) -> list[slice]:
-    """Which of the R columns belong to which linear."""
-    ends = torch.tensor([0, *(up.shape[1] for up in ups)]).cumsum(0).tolist()
-    return [slice(start, stop) for start, stop in zip(ends, ends[1:], strict=False)]
 
 
 def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qlora.kernels.four_bit import FourBitWeight, dequantize
 from qlora.kernels.gated_mlp import Activation, gated_mlp
 from qlora.kernels.head_loss import head_loss
-from qlora.kernels.lora_linears import FrozenLinear, lora_linears
+from qlora.kernels.lora_linears import Copies, FrozenLinear, lora_linears
 from qlora.kernels.norms import SOURCE, fuse_rms_norms
 from qlora.kernels.rotary import rotate
 
@@ -58,6 +58,7 @@ def fuse(model: nn.Module, *, dense: bool = False) -> Fused:
     """
     plain: Counter[str] = Counter()
     linears = blocks = 0
+    copies = _AdapterCopies()
     fuse_rotary(model)
     norms = fuse_rms_norms(model, device=next(model.parameters()).device.type, note_source=True)
     for parent in list(model.modules()):
@@ -66,13 +67,21 @@ def fuse(model: nn.Module, *, dense: bool = False) -> Fused:
         plain.update(reasons.values())
         layers = {name: _Layer(child, dense=dense) for name, child in children.items() if name not in reasons}
         linears += len(layers)
-        together = [[layers[name] for name in names if name in layers] for names in SIBLINGS]
+        together = [[name for name in names if name in layers] for names in SIBLINGS]
         grouped = {name for names in SIBLINGS for name in names}
-        for members in [*together, *([layer] for name, layer in layers.items() if name not in grouped)]:
+        copied = {}
+        for names in [*together, *([name] for name in layers if name not in grouped)]:
+            members = [layers[name] for name in names]
             if members:
-                _SharedInput(members)
+                copied[tuple(names)] = copies.of(members)
+                _SharedInput(members, copied[tuple(names)])
         if all(name in layers for name in BLOCK):
-            blocks += _fuse_block(parent, [layers[name] for name in BLOCK])
+            both = copied[BLOCK[:2]], copied[BLOCK[2:]]
+            blocks += _fuse_block(parent, [layers[name] for name in BLOCK], both)
+    if linears:
+        causal: Any = model.get_base_model()  # type: ignore[operator]
+        # Whoever calls the model in whatever way goes through its decoder.
+        getattr(causal, causal.base_model_prefix).register_forward_pre_hook(copies.refresh)
     return Fused(linears, blocks, norms, dict(plain))
 
 
@@ -202,18 +211,53 @@ class _Layer:
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.module.lora_A[self._adapter].weight, self.module.lora_B[self._adapter].weight
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it computes in."""
+        found: torch.dtype = self._base.compute_dtype if self.quantized else self._base.weight.dtype
+        return found
+
     def takes(self, x: torch.Tensor) -> bool:
         """Whether the fused path computes what PEFT would for this input, as things stand."""
-        dtype = self._base.compute_dtype if self.quantized else self._base.weight.dtype
+        dtype = self.dtype
         same_bias = self._base.bias is None or self._base.bias.dtype == dtype
         return x.dtype == dtype and same_bias and not (self.module.disable_adapters or self.module.merged)
+
+
+class _AdapterCopies:
+    """Of all adapters of a model, as products want them; made in a few launches when the model's forward begins.
+
+    They stay what the adapters are until the backward is done: nobody changes adapters in between.
+    """
+
+    def __init__(self) -> None:
+        self._targets: list[torch.Tensor] = []
+        self._sources: list[torch.Tensor] = []
+        self._scalings: list[float] = []
+
+    def of(self, members: Sequence[_Layer]) -> Copies:
+        """Room for those of one input."""
+        frozen, matrices = [member.frozen for member in members], [member.matrices for member in members]
+        with torch.no_grad():
+            copies = Copies.of([matrix for pair in matrices for matrix in pair], frozen, members[0].dtype)
+        downs = copies.down_RK.split([down.shape[0] for down, _ in matrices])
+        for (down, up), linear, target, up_target in zip(matrices, frozen, downs, copies.ups, strict=True):
+            self._sources += [down, up]
+            self._targets += [target, up_target]
+            self._scalings += [1.0, linear.scaling]
+        return copies
+
+    @torch.no_grad()
+    def refresh(self, *_: Any) -> None:
+        """Take over what the adapters are now."""
+        torch._foreach_copy_(self._targets, torch._foreach_mul(self._sources, self._scalings))
 
 
 class _SharedInput:
     """The linears of one input; the first that is called with a tensor computes them all."""
 
-    def __init__(self, members: Sequence[_Layer]) -> None:
-        self._members = members
+    def __init__(self, members: Sequence[_Layer], copies: Copies) -> None:
+        self._members, self._copies = members, copies
         self._x: torch.Tensor | None = None
         self._ready: dict[int, torch.Tensor] = {}
         for index, member in enumerate(members):
@@ -240,11 +284,12 @@ class _SharedInput:
                 [member.frozen for member in self._members],
                 [member.matrices for member in self._members],
                 getattr(x, SOURCE, None),
+                self._copies,
             )
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
-def _fuse_block(block: nn.Module, layers: Sequence[_Layer]) -> bool:
+def _fuse_block(block: nn.Module, layers: Sequence[_Layer], copies: tuple[Copies, Copies]) -> bool:
     """Give a gated feed-forward block one operation for a forward. False, and nothing done, if that is not the same."""
     activation = _activation(getattr(block, "act_fn", None))
     weight = layers[0].matrices[0]
@@ -259,10 +304,9 @@ def _fuse_block(block: nn.Module, layers: Sequence[_Layer]) -> bool:
         with torch.autocast(x.device.type, enabled=False):
             matrices = [layer.matrices for layer in layers]
             flat, source = x.reshape(-1, x.shape[-1]), getattr(x, SOURCE, None)
-            return gated_mlp(flat, (gate, up, down), matrices, activation, source).view(x.shape)
+            return gated_mlp(flat, (gate, up, down), matrices, activation, source, copies).view(x.shape)
 
-    base: Any = layers[0].module.get_base_layer()
-    dtype = base.compute_dtype if layers[0].quantized else base.weight.dtype
+    dtype = layers[0].dtype
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(4, weight.shape[1], generator=generator).to(weight.device, dtype)
     with torch.no_grad():

@@ -205,3 +205,20 @@ def test_the_rotary_embedding_is_replaced_where_it_is_the_same_and_only_for_trai
     assert all(map(torch.equal, replaced(query, query, angles, angles), plain(query, query, angles, angles)))
     module.apply_rotary_pos_emb = lambda q, k, cos, sin: (q, k)
     assert fuse_rotary(model_of("llama")) == 0, "another embedding"
+
+
+@pytest.mark.parametrize("through", ["the adapter model", "the model inside"])
+def test_adapters_that_change_count_from_the_next_forward_on(through):
+    model = model_of("llama")
+    fuse(model)
+    ids = torch.arange(9)[None]
+    called = model if through == "the adapter model" else model.get_base_model()
+    before = called(input_ids=ids).logits
+    fresh = model_of("llama")
+    for each in (model, fresh):
+        for parameter in each.parameters():
+            if parameter.requires_grad:
+                parameter.data.mul_(1.5)
+    after = called(input_ids=ids).logits
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(after, fresh(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
