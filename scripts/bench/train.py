@@ -33,6 +33,7 @@ from random_llama import SHAPES, first_layers, write_checkpoint
 
 from qlora.cli import ALLOCATOR
 from qlora.measure import host_peak_gib
+from qlora.training.profile import ProfileStep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WARM_UP = 4
@@ -56,6 +57,8 @@ def main() -> None:
                 for key in ("length", "micro_batch", "rows_per_step", "steps", "rank", "set", "device")
             }
             job |= {"engine": engine, "checkpointing": checkpointing, "model": str(model), "rows": str(rows_file)}
+            place = arguments.out / f"{engine}-{checkpointing}-profile"
+            job |= {"profile": str(place) if arguments.profile else None}
             rows.append(run(job, arguments.out / f"{engine}-{checkpointing}", arguments.timeout))
             print(line(rows[-1]), flush=True)
     report = {
@@ -130,6 +133,8 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     trainer = {"ours": ours, "trl": trl, "unsloth": unsloth}[job["engine"]](job)
     times: list[float] = []
     trainer.add_callback(_timer(times))
+    if job["profile"]:
+        trainer.add_callback(ProfileStep(Path(job["profile"]), on_gpu=job["device"] != "cpu"))
     on_gpu = job["device"] != "cpu"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
@@ -316,6 +321,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", type=lambda text: text.split(","), default=["off", "on", "auto"])
     parser.add_argument("--set", type=assignment, action="append", default=[], help="key=value of our recipe")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: ours alone, for a trial")
+    parser.add_argument("--profile", action="store_true", help="a trace and a table of one step; steps after it are what is timed")
     parser.add_argument("--timeout", type=float)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
