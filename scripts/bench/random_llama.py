@@ -33,6 +33,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 32,
         "vocab_size": 32000,
     },
+    "llama-3.2-1b": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
+    "llama-3.2-3b": {
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+        "tie_word_embeddings": True,
+    },
     "llama-3.1-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,
@@ -98,7 +116,7 @@ def shards(sizes: dict[str, Any], layers: int, generator: torch.Generator):
         {
             "model.embed_tokens.weight": normal(vocabulary, hidden),
             "model.norm.weight": norm(),
-            "lm_head.weight": normal(vocabulary, hidden),
+            **({} if sizes.get("tie_word_embeddings") else {"lm_head.weight": normal(vocabulary, hidden)}),
         },
     )
     for index in range(layers):
@@ -149,7 +167,8 @@ def write_side_files(sizes: dict[str, Any], layers: int, directory: Path) -> Non
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
-    sizes = sizes | {"num_hidden_layers": layers, "max_position_embeddings": 4096, "tie_word_embeddings": False}
+    sizes = sizes | {"num_hidden_layers": layers, "max_position_embeddings": 4096}
+    sizes.setdefault("tie_word_embeddings", False)
     config = LlamaConfig(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=1, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)

@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gptq_engines import limit_gpu
 from merge import as_chat
 from random_llama import SHAPES, first_layers, write_checkpoint
 
@@ -40,8 +41,8 @@ WARM_UP = 4
 GIB = 2**30
 
 
-def main() -> None:
-    arguments = parse()
+def main(options: list[str] | None = None) -> None:
+    arguments = parse(options)
     if arguments.job:
         print("RESULT", json.dumps(one(json.loads(Path(arguments.job).read_text()))))
         return
@@ -54,7 +55,7 @@ def main() -> None:
         for checkpointing in arguments.checkpointing:
             job = {
                 key: getattr(arguments, key)
-                for key in ("length", "micro_batch", "rows_per_step", "steps", "rank", "set", "device")
+                for key in ("length", "micro_batch", "rows_per_step", "steps", "rank", "set", "device", "gpu_memory")
             }
             job |= {"engine": engine, "checkpointing": checkpointing, "model": str(model), "rows": str(rows_file)}
             place = arguments.out / f"{engine}-{checkpointing}-profile"
@@ -63,7 +64,7 @@ def main() -> None:
             print(line(rows[-1]), flush=True)
     report = {
         "machine": torch.cuda.get_device_name() if arguments.device != "cpu" else "CPU",
-        "arguments": sys.argv[1:],
+        "arguments": options or sys.argv[1:],
         "rows": rows,
     }
     (arguments.out / "train.json").write_text(json.dumps(report, indent=2))
@@ -130,6 +131,8 @@ def line(row: dict[str, Any]) -> str:
 
 def one(job: dict[str, Any]) -> dict[str, Any]:
     """Train in this process; raises unless every step had a gradient."""
+    if job["gpu_memory"]:
+        limit_gpu(job["gpu_memory"])
     trainer = {"ours": ours, "trl": trl, "unsloth": unsloth}[job["engine"]](job)
     times: list[float] = []
     trainer.add_callback(_timer(times))
@@ -212,6 +215,8 @@ def ours(job: dict[str, Any]) -> Any:
     if job["checkpointing"] != "auto":
         document["train"]["micro_batch_tokens"] = job["micro_batch"] * job["length"]
         document["train"]["gradient_checkpointing"] = job["checkpointing"] == "on"
+    if job["gpu_memory"]:
+        document["train"]["memory"] = job["gpu_memory"]
     for key, value in job["set"].items():
         section, _, name = key.partition(".")
         document.setdefault(section, {})[name] = value
@@ -302,7 +307,7 @@ def unsloth(job: dict[str, Any]) -> Any:
     )
 
 
-def parse() -> argparse.Namespace:
+def parse(options: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "bench-train", help="checkpoints")
@@ -321,10 +326,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--checkpointing", type=lambda text: text.split(","), default=["off", "on", "auto"])
     parser.add_argument("--set", type=assignment, action="append", default=[], help="key=value of our recipe")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu: ours alone, for a trial")
-    parser.add_argument("--profile", action="store_true", help="a trace and a table of one step; steps after it are what is timed")
+    parser.add_argument("--gpu-memory", type=float, help="GiB that torch may take, to see what a smaller GPU can do")
+    parser.add_argument(
+        "--profile", action="store_true", help="a trace and a table of one step; steps after it are what is timed"
+    )
     parser.add_argument("--timeout", type=float)
     parser.add_argument("--job", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(options)
     arguments.set = dict(arguments.set)
     arguments.rows_per_step = arguments.rows_per_step or arguments.micro_batch
     if not arguments.job and not (arguments.shape or arguments.model):
