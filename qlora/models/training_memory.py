@@ -51,6 +51,8 @@ class Trained:
     machine: Machine
     sequence: float
     """Mean tokens that a token's row has."""
+    measured: float | None = None
+    """Bytes that a layer was found to keep per token; by formula where there is none."""
 
     @property
     def fused(self) -> bool:
@@ -79,7 +81,7 @@ class Trained:
     def parts(self, one: Pass) -> dict[str, int]:
         """Bytes that are live on the device at the peak of training, by name, without the process itself."""
         shapes, itemsize = self.shapes, self.itemsize
-        kept = self._kept_bytes() * one.tokens
+        kept = round(self.kept_bytes * one.tokens)
         head, work = self._head_bytes(one.tokens), 4 * itemsize * one.tokens * shapes.feed_forward_size
         work = work if self.fused else 0  # the plain path's layers are counted with all that they hold
         first = (shapes.layers - one.recomputed) * kept
@@ -116,8 +118,11 @@ class Trained:
             computing *= OFFLOADING_SLOWER
         return computing + fixed
 
-    def _kept_bytes(self) -> int:
+    @property
+    def kept_bytes(self) -> float:
         """What a layer keeps per token for its backward."""
+        if self.measured is not None:
+            return self.measured
         if not self.fused:
             return layer_activation_bytes(self.shapes, self.itemsize)
         shapes = self.shapes

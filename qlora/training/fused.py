@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
@@ -49,15 +49,19 @@ class Fused:
     """RMS norms in one kernel; what reads their output keeps their input in its place."""
     plain: dict[str, int]
     """Why adapter layers keep PEFT's forward → how many."""
+    layers: Sequence[_Layer] = field(repr=False)
+
+    def keep_dense(self) -> None:
+        """Keep quantized weights dequantized too; the bits are the same, and the memory is that of 16 bits."""
+        for layer in self.layers:
+            layer.keep_dense()
 
 
-def fuse(model: nn.Module, *, dense: bool = False) -> Fused:
-    """Put the adapter layers of a PEFT model with one adapter on the fused path, where they can be.
-
-    dense: keep their quantized weights dequantized too; the bits are the same, and the memory is that of 16 bits.
-    """
+def fuse(model: nn.Module) -> Fused:
+    """Put the adapter layers of a PEFT model with one adapter on the fused path, where they can be."""
     plain: Counter[str] = Counter()
     linears = blocks = 0
+    every: list[_Layer] = []
     copies = _AdapterCopies()
     fuse_rotary(model)
     norms = fuse_rms_norms(model, device=next(model.parameters()).device.type, note_source=True)
@@ -65,8 +69,9 @@ def fuse(model: nn.Module, *, dense: bool = False) -> Fused:
         children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
         reasons = {name: reason for name, child in children.items() if (reason := obstacle(child))}
         plain.update(reasons.values())
-        layers = {name: _Layer(child, dense=dense) for name, child in children.items() if name not in reasons}
+        layers = {name: _Layer(child) for name, child in children.items() if name not in reasons}
         linears += len(layers)
+        every += layers.values()
         together = [[name for name in names if name in layers] for names in SIBLINGS]
         grouped = {name for names in SIBLINGS for name in names}
         copied = {}
@@ -82,7 +87,7 @@ def fuse(model: nn.Module, *, dense: bool = False) -> Fused:
         causal: Any = model.get_base_model()  # type: ignore[operator]
         # Whoever calls the model in whatever way goes through its decoder.
         getattr(causal, causal.base_model_prefix).register_forward_pre_hook(copies.refresh)
-    return Fused(linears, blocks, norms, dict(plain))
+    return Fused(linears, blocks, norms, dict(plain), every)
 
 
 def fuse_rotary(model: nn.Module) -> int:
@@ -189,15 +194,17 @@ def obstacle(layer: LoraLayer) -> str | None:
 class _Layer:
     """One adapter layer, its frozen half in the form that kernels take."""
 
-    def __init__(self, module: Any, *, dense: bool) -> None:
+    def __init__(self, module: Any) -> None:
         self.module = module
         (self._adapter,) = module.active_adapters
         self.plain: Callable[..., torch.Tensor] = self.module.forward
         base = module.get_base_layer()
         self.quantized = isinstance(base, Linear4bit)
         self._base: Any = base
-        self._dense = None
-        if self.quantized and dense:
+        self._dense: torch.Tensor | None = None
+
+    def keep_dense(self) -> None:
+        if self.quantized:
             self._dense = dequantize(FourBitWeight.of(self._base.weight), self._base.compute_dtype)
 
     @property

@@ -87,12 +87,13 @@ def plan_training(
     free: int,
     *,
     padded: bool,
+    measured: float | None = None,
     before: Division | None = None,
 ) -> TrainingPlan:
     """The fastest division of the recipe's steps in `free` bytes of a device, or the share of them it may take.
 
-    padded: rows cannot be packed end to end. before: what an interrupted run had, which one that goes on keeps: other
-    forwards would round otherwise.
+    padded: rows cannot be packed end to end. measured: bytes that a layer was found to keep per token. before: what an
+    interrupted run had, which one that goes on keeps: other forwards would round otherwise.
     """
     train = recipe.train
     rows = rows_per_step(recipe, row_tokens, processes)
@@ -116,7 +117,7 @@ def plan_training(
         schedules = (Schedule(row_tokens, rows, forwards, processes, recipe.seed, padded) for forwards in counts)
     found = {schedule.forwards: (schedule, schedule.longest(epochs)) for schedule in schedules}
     total = sum(row_tokens)
-    trained = Trained(recipe, shapes, adapter, machine, sum(length**2 for length in row_tokens) / total)
+    trained = Trained(recipe, shapes, adapter, machine, sum(length**2 for length in row_tokens) / total, measured)
     divisions = [(forwards, longest) for forwards, (_, longest) in found.items()]
     if before is not None:
         schedule = Schedule(row_tokens, rows, before.forwards, processes, recipe.seed, padded)

@@ -33,6 +33,7 @@ from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
 from qlora.training.fused import fuse, fuse_head
 from qlora.training.packed import allow_packed
 from qlora.training.plan import Division, TrainingPlan, plan_training
+from qlora.training.probe import kept_bytes_per_token
 from qlora.training.profile import ProfileStep
 from qlora.training.recompute import recompute_first
 from qlora.training.trainer import Trainer
@@ -94,15 +95,23 @@ def build_trainer(
     fast = recipe.train.kernels == "auto"
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
+    fused = fuse(model) if fast and device.startswith("cuda") else None
     config = sft_config(recipe, device, checkpoints, has_eval=bool(eval_rows))
     row_tokens = [len(row.input_ids) for row in rows]
     kept = checkpoints / PLAN
     before = Division(**read_json(kept)) if kept.is_file() else None
     plan = _plan(recipe, row_tokens, model, config, device, padded=cannot_pack is not None, before=before)
-    log.info("training: %s", plan.text)
-    config.gradient_accumulation_steps = plan.schedule.forwards
     largest = plan.memory.largest
     recompute_first(model.get_base_model(), largest.recomputed, offload=largest.offloaded)
+    if fused is not None and largest.dense:
+        fused.keep_dense()
+    log.info("training: %s", plan.text)
+    for what, reason in (("rows are padded", cannot_pack), ("TRL computes the loss", plain_head)):
+        if reason:
+            log.info("%s: %s", what, reason)
+    for reason, layers in fused.plain.items() if fused is not None else ():
+        log.info("%d adapter layers train on the plain path: %s", layers, reason)
+    config.gradient_accumulation_steps = plan.schedule.forwards
     trainer = Trainer(
         rows=rows,
         plan=plan,
@@ -118,13 +127,6 @@ def build_trainer(
     # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
     for parameter in trainable(trainer):
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
-    if fast:
-        for what, reason in (("rows are padded", cannot_pack), ("TRL computes the loss", plain_head)):
-            if reason:
-                log.info("%s: %s", what, reason)
-    if fast and device.startswith("cuda"):
-        for reason, layers in fuse(model, dense=largest.dense).plain.items():
-            log.info("%d adapter layers train on the plain path: %s", layers, reason)
     return trainer
 
 
@@ -138,19 +140,24 @@ def _plan(
     padded: bool,
     before: Division | None,
 ) -> TrainingPlan:
-    """The same on every process: in the memory of the one that has least."""
+    """The same on every process: in the memory of the one that has least, with what layers were found to keep."""
+    shapes = model_shapes(skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code))
+    recompute_first(model.get_base_model(), 0)
+    measured = kept_bytes_per_token(model, shapes.layers, packed=not padded)
     free = free_for_training(device)
     if config.world_size > 1:
-        free = min(gather_object([free]))
+        found = gather_object([(free, measured)])
+        free, measured = min(each[0] for each in found), max(each[1] for each in found)
     return plan_training(
         recipe,
         row_tokens,
         config.world_size,
-        model_shapes(skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)),
+        shapes,
         AdapterShapes(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)),
         machine_of(device),
         free,
         padded=padded,
+        measured=measured,
         before=before,
     )
 

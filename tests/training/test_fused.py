@@ -85,7 +85,7 @@ def test_losses_and_gradients_are_those_of_peft(kind, quantized):
 def test_weights_that_are_kept_dequantized_give_the_same_bits(kind):
     model, dense = model_of(kind, torch.bfloat16), model_of(kind, torch.bfloat16)
     fuse(model)
-    fuse(dense, dense=True)
+    fuse(dense).keep_dense()
     (loss, gradients), (same, others) = loss_and_gradients(model), loss_and_gradients(dense)
     assert torch.equal(loss, same)
     assert gradients.keys() == others.keys() and all(torch.equal(gradients[name], others[name]) for name in gradients)
