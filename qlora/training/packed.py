@@ -109,7 +109,8 @@ def _packs_exactly(model: PreTrainedModel) -> bool:
     with torch.no_grad():
         try:
             together = model(**inputs, use_cache=False).logits[0].float()
-        except (TypeError, ValueError):  # a forward that does not hand these inputs on
+        except (TypeError, ValueError, ImportError, RuntimeError):
+            # A forward that does not hand these inputs on, or a GPU or head width without such attention.
             return False
         finally:
             model.train(trains)

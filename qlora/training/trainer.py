@@ -83,11 +83,13 @@ class Trainer(SFTTrainer):
         """
         rows, tokens = inputs.pop(ROWS), inputs["input_ids"].numel()
         if len(rows) < 2 or tokens <= self.most_tokens:
-            before = [None if each.grad is None else each.grad.clone() for each in self._learning()]
+            # Other processes would wait for gradients that this one does not send.
+            divisible = len(rows) > 1 and self.args.world_size == 1
+            before = [None if each.grad is None else each.grad.clone() for each in self._learning() if divisible]
             try:
                 return super().training_step(model, inputs, num_items_in_batch)
             except torch.OutOfMemoryError as error:
-                if len(rows) < 2 or self.args.world_size > 1:
+                if not divisible:
                     raise WillNotFit(f"memory ran out in a forward of {tokens:,} tokens", *self._ways_out()) from error
             # Outside the except block: the error's frames would keep the activations.
             for parameter, gradient in zip(self._learning(), before, strict=True):
