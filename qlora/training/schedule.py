@@ -118,11 +118,6 @@ class Forwards(Sampler[Rows]):
     def __init__(self, schedule: Schedule, process: int) -> None:
         self.schedule, self.process, self._epoch = schedule, process, 0
 
-    @property
-    def batch_sampler(self) -> Forwards:
-        """Where transformers' trainer looks for `set_epoch`."""
-        return self
-
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch.utils.data import DataLoader
+from transformers import TrainerCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
 from qlora.data.rendering import RenderedRow
@@ -25,6 +26,16 @@ from qlora.training.schedule import Forwards, Rows
 log = logging.getLogger(__name__)
 
 ROWS = "rows"  # what a batch was made of
+
+
+class _SetEpoch(TrainerCallback):
+    """Tells the sampler which epoch begins: counted in steps, so that a run that goes on is in the right one."""
+
+    def __init__(self, sampler: Forwards) -> None:
+        self.sampler = sampler
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self.sampler.set_epoch(state.global_step // self.sampler.schedule.steps_per_epoch)
 
 
 class Trainer(SFTTrainer):
@@ -57,6 +68,7 @@ class Trainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """This process's forwards. Not accelerate's loader: the schedule knows the processes."""
         sampler = Forwards(self.plan.schedule, self.args.process_index)
+        self.add_callback(_SetEpoch(sampler))
         return DataLoader(
             range(len(self.rows)),  # type: ignore[arg-type]
             batch_sampler=sampler,

@@ -170,6 +170,16 @@ def test_a_row_that_memory_cannot_hold_is_named(trainer_of, monkeypatch):
         trainer.training_step(trainer.model, next(iter(trainer.get_train_dataloader())), torch.tensor(1))
 
 
+def test_rows_come_in_another_order_every_epoch_and_all_of_them(trainer_of):
+    trainer, run = trainer_of("train.max_steps=6", "train.batch_size=4")
+    collate, seen = trainer._collate, []
+    trainer._collate = lambda rows: seen.append(rows) or collate(rows)
+    trainer.train()
+    epochs = [[row for rows in seen[start : start + 2] for row in rows] for start in (0, 2, 4)]
+    assert all(sorted(epoch) == list(range(len(run.train_rows.rows))) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
 def test_what_trl_computes_differently_is_left_to_it(trainer_of):
     trainer, _ = trainer_of("train.args={loss_type: dft}")
     assert trainer.packed and not trainer.own_head
