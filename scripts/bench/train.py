@@ -32,7 +32,7 @@ from gptq_engines import limit_gpu
 from merge import as_chat
 from random_llama import SHAPES, first_layers, write_checkpoint
 
-from qlora.cli import ALLOCATOR
+from qlora.cli import with_allocator
 from qlora.measure import host_peak_gib
 from qlora.training.profile import ProfileStep
 
@@ -98,7 +98,7 @@ def rows_of(arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
 def run(job: dict[str, Any], place: Path, timeout: float | None) -> dict[str, Any]:
     environment = dict(os.environ, HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", TOKENIZERS_PARALLELISM="false")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
-    environment = ALLOCATOR | environment
+    environment = with_allocator(environment)
     job_file = place.with_suffix(".job.json")
     job_file.write_text(json.dumps(job))
     command = [sys.executable, __file__, "--out", str(place.parent), "--job", str(job_file)]
