@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Params4bit
 
 NESTED_BLOCK = 256
-# Blocks of weights per program.
-TILE = 32
+# Codes that are read at a time, a word of 32 bits; words per program, a thread each, and how often.
+WORD = 8
+TILE = 256
+TILES = 4
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def dequantize(weight: FourBitWeight, dtype: torch.dtype, out: torch.Tensor | No
     """W [N, K] in `dtype`; into `out`, a contiguous tensor of as many elements, where there is one."""
     if out is None:
         out = torch.empty(weight.shape, dtype=dtype, device=weight.packed.device)
-    if weight.packed.is_cuda and triton is not None:
+    if weight.packed.is_cuda and triton is not None and weight.numel % WORD == 0:
         _with_triton(weight, out)
     else:
         out.view(-1).copy_(_with_torch(weight))
@@ -82,20 +84,22 @@ def _with_torch(weight: FourBitWeight) -> torch.Tensor:
 
 def _with_triton(weight: FourBitWeight, out: torch.Tensor) -> None:
     absmax2, code, offset = weight.nested if weight.nested is not None else (weight.absmax_B,) * 3
-    blocks = triton.cdiv(weight.numel, weight.block_size)
-    _dequantize_kernel[(triton.cdiv(blocks, TILE),)](
-        weight.packed,
+    words = weight.numel // WORD
+    _dequantize_kernel[(triton.cdiv(words, TILE * TILES),)](
+        weight.packed.view(torch.int32),
         weight.code,
         weight.absmax_B,
         absmax2,
         code,
         offset,
         out,
-        weight.numel,
-        HALF_BLOCK=weight.block_size // 2,
+        words,
+        BLOCK_WORDS=weight.block_size // WORD,
         NESTED=weight.nested is not None,
         NESTED_BLOCK=NESTED_BLOCK,
         TILE=TILE,
+        TILES=TILES,
+        num_warps=TILE // 32,
         # A product and a sum that become one operation are rounded once: other bits than bitsandbytes'.
         enable_fp_fusion=False,
     )
@@ -103,7 +107,7 @@ def _with_triton(weight: FourBitWeight, out: torch.Tensor) -> None:
 
 if triton is not None:
 
-    @triton.jit(do_not_specialize=["numel"])
+    @triton.jit(do_not_specialize=["words"])
     def _dequantize_kernel(
         packed_ptr,
         code_ptr,
@@ -112,25 +116,47 @@ if triton is not None:
         nested_code_ptr,
         offset_ptr,
         out_ptr,
-        numel,
-        HALF_BLOCK: tl.constexpr,
+        words,
+        BLOCK_WORDS: tl.constexpr,
         NESTED: tl.constexpr,
         NESTED_BLOCK: tl.constexpr,
         TILE: tl.constexpr,
+        TILES: tl.constexpr,
     ):
-        """One program: TILE blocks, a row each."""
-        block = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
-        present = block * (2 * HALF_BLOCK) < numel
-        absmax = tl.load(absmax_ptr + block, mask=present, other=0)
-        if NESTED:
-            inner = tl.load(nested_code_ptr + absmax)
-            outer = tl.load(absmax2_ptr + block // NESTED_BLOCK, mask=present, other=0.0)
-            absmax = inner * outer + tl.load(offset_ptr)
-        byte = block[:, None] * HALF_BLOCK + tl.arange(0, HALF_BLOCK)[None, :]
-        inside = 2 * byte < numel
-        packed = tl.load(packed_ptr + byte, mask=inside, other=0)
-        high = tl.load(code_ptr + (packed >> 4)) * absmax[:, None]
-        low = tl.load(code_ptr + (packed & 15)) * absmax[:, None]
-        both = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
-        at = block[:, None] * (2 * HALF_BLOCK) + tl.arange(0, 2 * HALF_BLOCK)[None, :]
-        tl.store(out_ptr + at, both, mask=at < numel)
+        """One program: TILES times TILE words of eight codes; a thread has a word and writes 16 bytes in one piece."""
+        start = tl.program_id(0).to(tl.int64) * (TILE * TILES)
+        first_block = start // BLOCK_WORDS
+        left = (words - start).to(tl.int32)
+        for tile in tl.static_range(TILES):
+            at = tile * TILE + tl.arange(0, TILE)
+            word = tl.load(packed_ptr + start + at, mask=at < left, other=0)
+            block = first_block + at // BLOCK_WORDS
+            absmax = tl.load(absmax_ptr + block, mask=at < left, other=0)
+            if NESTED:
+                inner = tl.load(nested_code_ptr + absmax)
+                outer = tl.load(absmax2_ptr + block // NESTED_BLOCK, mask=at < left, other=0.0)
+                absmax = inner * outer + tl.load(offset_ptr)
+            # Of each byte, the high half comes first.
+            even = tl.interleave(
+                tl.interleave(
+                    _weights(word, 4, code_ptr, absmax, out_ptr), _weights(word, 20, code_ptr, absmax, out_ptr)
+                ),
+                tl.interleave(
+                    _weights(word, 12, code_ptr, absmax, out_ptr), _weights(word, 28, code_ptr, absmax, out_ptr)
+                ),
+            )
+            odd = tl.interleave(
+                tl.interleave(
+                    _weights(word, 0, code_ptr, absmax, out_ptr), _weights(word, 16, code_ptr, absmax, out_ptr)
+                ),
+                tl.interleave(
+                    _weights(word, 8, code_ptr, absmax, out_ptr), _weights(word, 24, code_ptr, absmax, out_ptr)
+                ),
+            )
+            to = tile * TILE * 8 + tl.arange(0, TILE * 8)
+            tl.store(out_ptr + start * 8 + to, tl.interleave(even, odd), mask=to < left * 8)
+
+    @triton.jit
+    def _weights(word, shift: tl.constexpr, code_ptr, absmax, out_ptr):
+        """What the four bits from `shift` on stand for."""
+        return (tl.load(code_ptr + ((word >> shift) & 15)) * absmax).to(out_ptr.dtype.element_ty)

@@ -6,9 +6,9 @@ With u = [s_i·dy_i·B_i] and A = [A_i], both side by side over all i,
 
     dx = Σ_i dy_i·W_i + u·A,   dA = uᵀ·x,   dB_i = s_i·dy_iᵀ·(x·A_iᵀ)
 
-so that the backward needs x and the parameters, and nothing else is kept: x·Aᵀ is small and computed again, and 4-bit
-weights are dequantized again, into one buffer for all of them. Products are in the dtype of x; gradients of adapters
-come out of them in fp32 where the GPU can.
+so that the backward needs x, the parameters, and x·Aᵀ, which is small and kept; 4-bit weights are dequantized again,
+into one buffer for all of them. Products are in the dtype of x; gradients of adapters come out of them in fp32 where
+the GPU can.
 
 Shapes: T tokens, K inputs, N outputs, R ranks of all adapters together.
 """
@@ -96,18 +96,22 @@ class _LoraLinears(torch.autograd.Function):
         make: Callable[[torch.Tensor], torch.Tensor] | None,
         *matrices: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        ctx.save_for_backward(x_TK if origin is None else origin)
+        inner_TR = x_TK @ copies.down_RK.T
+        ctx.save_for_backward(x_TK if origin is None else origin, inner_TR)
         ctx.linears, ctx.copies, ctx.make, ctx.dtype = linears, copies, make, matrices[0].dtype
-        return tuple(forward(x_TK, linears, copies))
+        outputs = products(x_TK, linears)
+        add_adapters_(outputs, inner_TR, copies)
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (origin,) = ctx.saved_tensors
-        x_TK = made_again(origin, ctx.make, ctx.copies)
-        grad_x_TK, gradients = backward(
-            x_TK, ctx.linears, ctx.copies, grads, ctx.dtype, of_input=ctx.needs_input_grad[0]
-        )
-        return grad_x_TK, None, None, None, None, *gradients
+        origin, inner_TR = ctx.saved_tensors
+        linears, copies = ctx.linears, ctx.copies
+        u_TR = into_ranks(grads, copies)
+        of_ups = gradients_of_ups(grads, inner_TR, linears, copies, ctx.dtype)
+        grad_x_TK = gradient_of_input(grads, u_TR, linears, copies) if ctx.needs_input_grad[0] else None
+        of_downs = gradients_of_downs(u_TR, made_again(origin, ctx.make, copies), copies, ctx.dtype)
+        return grad_x_TK, None, None, None, None, *in_pairs(of_downs, of_ups)
 
 
 def unpacked(
@@ -124,44 +128,65 @@ def made_again(
     return origin if make is None else make(origin).reshape(-1, copies.down_RK.shape[1])
 
 
-def forward(x_TK: torch.Tensor, linears: Sequence[FrozenLinear], copies: Copies) -> list[torch.Tensor]:
-    """y_i of every linear."""
-    inner_TR = x_TK @ copies.down_RK.T
+def products(x_TK: torch.Tensor, linears: Sequence[FrozenLinear]) -> list[torch.Tensor]:
+    """x·W_iᵀ + b_i of every linear."""
     outputs = []
-    for linear, up_NR, part in zip(linears, copies.ups, copies.parts, strict=True):
-        weight_NK = _dense(linear.weight, x_TK.dtype)
-        y_TN = torch.nn.functional.linear(x_TK, weight_NK, linear.bias_N)
-        outputs.append(y_TN.addmm_(inner_TR[:, part], up_NR.T))
+    for linear in linears:
+        outputs.append(torch.nn.functional.linear(x_TK, _dense(linear.weight, x_TK.dtype), linear.bias_N))
     return outputs
 
 
-def backward(
-    x_TK: torch.Tensor,
+def add_adapters_(outputs: Sequence[torch.Tensor], inner_TR: torch.Tensor, copies: Copies) -> None:
+    """To x·W_iᵀ what adapters make of x·Aᵀ."""
+    for output_TN, up_NR, part in zip(outputs, copies.ups, copies.parts, strict=True):
+        output_TN.addmm_(inner_TR[:, part], up_NR.T)
+
+
+def into_ranks(grads: Sequence[torch.Tensor], copies: Copies) -> torch.Tensor:
+    """u [T, R] of the gradients of every y_i."""
+    u_TR = grads[0].new_empty(len(grads[0]), len(copies.down_RK))
+    for grad_TN, up_NR, part in zip(grads, copies.ups, copies.parts, strict=True):
+        torch.mm(grad_TN, up_NR, out=u_TR[:, part])
+    return u_TR
+
+
+def gradients_of_ups(
+    grads: Sequence[torch.Tensor],
+    inner_TR: torch.Tensor,
     linears: Sequence[FrozenLinear],
     copies: Copies,
-    grads: Sequence[torch.Tensor],
     dtype: torch.dtype,
-    *,
-    of_input: bool = True,
-) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-    """(gradient of x if it is asked for, gradients of A and B of every linear in `dtype`) from those of every y_i."""
-    inner_TR = x_TK @ copies.down_RK.T
-    u_TR = torch.empty_like(inner_TR)
-    grad_x_TK = None
-    of_ups = []
-    for linear, up_NR, part, grad_TN in zip(linears, copies.ups, copies.parts, grads, strict=True):
-        torch.mm(grad_TN, up_NR, out=u_TR[:, part])
-        of_ups.append(_product(grad_TN.T, inner_TR[:, part], dtype).mul_(linear.scaling))
-        if of_input:
-            weight_NK = _dense(linear.weight, x_TK.dtype)
-            grad_x_TK = grad_TN @ weight_NK if grad_x_TK is None else grad_x_TK.addmm_(grad_TN, weight_NK)
-    if grad_x_TK is not None:
-        grad_x_TK.addmm_(u_TR, copies.down_RK)
-    of_downs = _product(u_TR.T, x_TK, dtype).split([up.shape[1] for up in copies.ups])
-    return grad_x_TK, [matrix for pair in zip(of_downs, of_ups, strict=True) for matrix in pair]
+) -> list[torch.Tensor]:
+    """dB_i in `dtype`."""
+    return [
+        product(grad_TN.T, inner_TR[:, part], dtype).mul_(linear.scaling)
+        for linear, part, grad_TN in zip(linears, copies.parts, grads, strict=True)
+    ]
 
 
-def _product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def gradient_of_input(
+    grads: Sequence[torch.Tensor], u_TR: torch.Tensor | None, linears: Sequence[FrozenLinear], copies: Copies
+) -> torch.Tensor:
+    """dx; without what comes through the adapters if there is no u."""
+    grad_x_TK = grads[0] @ _dense(linears[0].weight, grads[0].dtype)
+    for linear, grad_TN in zip(linears[1:], grads[1:], strict=True):
+        grad_x_TK.addmm_(grad_TN, _dense(linear.weight, grad_TN.dtype))
+    return grad_x_TK if u_TR is None else grad_x_TK.addmm_(u_TR, copies.down_RK)
+
+
+def gradients_of_downs(
+    u_TR: torch.Tensor, x_TK: torch.Tensor, copies: Copies, dtype: torch.dtype
+) -> tuple[torch.Tensor, ...]:
+    """dA_i in `dtype`."""
+    return product(u_TR.T, x_TK, dtype).split([up.shape[1] for up in copies.ups])
+
+
+def in_pairs(of_downs: Sequence[torch.Tensor], of_ups: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Gradients of A and B in the order of parameters: dA, dB of the first linear, of the second, and so on."""
+    return [matrix for pair in zip(of_downs, of_ups, strict=True) for matrix in pair]
+
+
+def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """left @ right in `dtype`."""
     if left.is_cuda and dtype == torch.float32 and left.dtype != torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)

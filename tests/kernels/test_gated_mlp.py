@@ -16,9 +16,15 @@ CASES = [
 ]
 ACTIVATIONS = {"silu": silu, "gelu_tanh": lambda x: gelu(x, approximate="tanh")}
 TOKENS, INPUTS, WIDTH, RANK = 29, 48, 80, 4
+SIZES = {
+    "few tokens": (TOKENS, (RANK,) * 3),
+    "many": (150, (8, 16, 3)),
+    "a rank too large": (TOKENS, (RANK, 100, RANK)),
+}
+"""Tokens, and ranks of gate, up and down."""
 
 
-def problem(device, dtype):
+def problem(device, dtype, tokens=TOKENS, ranks=(RANK,) * 3):
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape, std=1.0):
@@ -26,14 +32,19 @@ def problem(device, dtype):
 
     shapes = ((WIDTH, INPUTS), (WIDTH, INPUTS), (INPUTS, WIDTH))
     linears = tuple(FrozenLinear(normal(*shape, std=0.2).to(dtype), None, 0.5 + n) for n, shape in enumerate(shapes))
-    matrices = [normal(*s, std=0.2) for outputs, inputs in shapes for s in ((RANK, inputs), (outputs, RANK))]
-    return normal(TOKENS, INPUTS).to(dtype), linears, matrices, normal(TOKENS, INPUTS).to(dtype)
+    matrices = [
+        normal(*shape, std=0.2)
+        for (outputs, inputs), rank in zip(shapes, ranks, strict=True)
+        for shape in ((rank, inputs), (outputs, rank))
+    ]
+    return normal(tokens, INPUTS).to(dtype), linears, matrices, normal(tokens, INPUTS).to(dtype)
 
 
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_values_and_gradients_are_those_of_float64(device, dtype, tolerance, activation):
-    x, linears, matrices, upstream = problem(device, dtype)
+@pytest.mark.parametrize("size", SIZES)
+def test_values_and_gradients_are_those_of_float64(device, dtype, tolerance, activation, size):
+    x, linears, matrices, upstream = problem(device, dtype, *SIZES[size])
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, *matrices)]
 
     def linear(number, y):
@@ -75,4 +86,14 @@ def test_the_product_of_gate_and_up_is_not_kept():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)), lambda t: t):
         gated_mlp(leaves[0], linears, list(zip(leaves[1::2], leaves[2::2], strict=True)), "silu")
-    assert kept.count((TOKENS, WIDTH)) == 2 and len(kept) == 3
+    assert kept.count((TOKENS, WIDTH)) == 2
+    assert sorted(set(kept)) == [(TOKENS, RANK), (TOKENS, 2 * RANK), (TOKENS, INPUTS), (TOKENS, WIDTH)]
+
+
+def test_a_second_backward_is_refused():
+    x, linears, matrices, upstream = problem("cpu", torch.float32)
+    leaves = [matrix.float().requires_grad_() for matrix in matrices]
+    output = gated_mlp(x, linears, list(zip(leaves[::2], leaves[1::2], strict=True)), "silu")
+    output.backward(upstream, retain_graph=True)
+    with pytest.raises(RuntimeError, match="goes backwards once"):
+        output.backward(upstream)

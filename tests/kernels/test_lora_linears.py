@@ -76,10 +76,11 @@ def test_an_input_without_gradient_costs_none():
     assert x.grad is None and all(matrix.grad is not None for pair in adapters for matrix in pair)
 
 
-def test_only_the_input_is_kept():
+def test_beside_the_input_only_ranks_are_kept():
     x, linears, adapters, _ = problem("three", "cpu", torch.float32, True, True)
     leaves = [x.requires_grad_(), *(matrix.float().requires_grad_() for pair in adapters for matrix in pair)]
     kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()), lambda t: t):
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
         lora_linears(leaves[0], linears, list(zip(leaves[1::2], leaves[2::2], strict=True)))
-    assert kept == [leaves[0].data_ptr()]
+    assert [t.data_ptr() for t in kept[:1]] == [leaves[0].data_ptr()]
+    assert [tuple(t.shape) for t in kept[1:]] == [(TOKENS, sum(rank for _, rank, _ in GROUPS["three"]))]
