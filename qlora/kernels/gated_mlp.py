@@ -13,7 +13,8 @@ Shapes: T tokens, K inputs, F width of the block, R ranks of gate and up togethe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,22 @@ TILE = (32, 64)
 MOST_RANKS = 64
 # Programs of a backward, at least; tokens are divided among them.
 PROGRAMS = 1024
+
+_for_backward_alone = False
+
+
+@contextmanager
+def for_backward_alone() -> Iterator[None]:
+    """Blocks that run in here keep what their backward needs, and give NaNs instead of the product with down.
+
+    For a forward that is computed again; whether anything needs the output then, its caller finds out by the NaNs.
+    """
+    global _for_backward_alone
+    _for_backward_alone = True
+    try:
+        yield
+    finally:
+        _for_backward_alone = False
 
 
 def gated_mlp(
@@ -77,6 +94,8 @@ class _GatedMlp(torch.autograd.Function):
         ctx.save_for_backward(x_TK if origin is None else origin, gate_TF, up_TF, inner_TR, inner_Tr)
         ctx.linears, ctx.activation, ctx.copies = linears, activation, copies
         ctx.make, ctx.dtype, ctx.spent = make, matrices[0].dtype, False
+        if _for_backward_alone:
+            return x_TK.new_full((1, 1), math.nan).expand(len(x_TK), linears[2].weight.shape[0])
         (output_TK,) = lora_linears.products(hidden_TF, linears[2:])
         lora_linears.add_adapters_((output_TK,), inner_Tr, last)
         return output_TK

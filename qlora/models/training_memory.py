@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from qlora.kernels.gated_mlp import MOST_RANKS
 from qlora.models.resources import (
     BYTES,
     CUDA_CONTEXT,
@@ -82,8 +83,7 @@ class Trained:
         """Bytes that are live on the device at the peak of training, by name, without the process itself."""
         shapes, itemsize = self.shapes, self.itemsize
         kept = round(self.kept_bytes * one.tokens)
-        head, work = self._head_bytes(one.tokens), 4 * itemsize * one.tokens * shapes.feed_forward_size
-        work = work if self.fused else 0  # the plain path's layers are counted with all that they hold
+        head, work = self._head_bytes(one.tokens), round(self.working_bytes * one.tokens)
         first = (shapes.layers - one.recomputed) * kept
         again = kept if one.recomputed else 0
         dequantized = (1 if self.fused else 2) * itemsize if self.quantized and not one.dense else 0
@@ -127,9 +127,18 @@ class Trained:
             return layer_activation_bytes(self.shapes, self.itemsize)
         shapes = self.shapes
         query, value = shapes.attention_heads * shapes.head_dim, shapes.key_value_heads * shapes.head_dim
-        # The layer's input and its middle; rotated q and k, v, and what attention made of them; gate and up.
+        # The layer's input and its middle; rotated q and k, v, and what attention made of them; gate and up; ranks.
         elements = 2 * shapes.hidden_size + 2 * query + 2 * value + 2 * shapes.feed_forward_size
+        elements += self.recipe.lora.r * len(shapes.linears) // shapes.layers
         return self.itemsize * elements + 4 * shapes.attention_heads
+
+    @property
+    def working_bytes(self) -> float:
+        """What the backward of a feed-forward block holds per token, beside what was kept for it."""
+        if not self.fused:
+            return 0  # the plain path's layers are counted with all that they hold
+        gradients = 1 if self.recipe.lora.r <= MOST_RANKS else 4  # others take the place of what was kept
+        return self.itemsize * (gradients * self.shapes.feed_forward_size + 2 * self.shapes.hidden_size)
 
     def _head_bytes(self, tokens: int) -> int:
         hidden = self.itemsize * tokens * self.shapes.hidden_size

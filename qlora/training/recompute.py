@@ -1,12 +1,14 @@
 """Activation checkpointing: some decoder layers keep their input alone and run again in the backward pass.
 
 What torch.utils.checkpoint does, with less to do: one input, one output, no dropout whose random numbers would have to
-come again. The input can wait in host memory, and comes back while the layer behind it runs.
+come again. The input can wait in host memory, and comes back while the layer behind it runs. What nothing in the
+backward reads, the last product of a gated feed-forward block, is left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -15,6 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from qlora.host_tensors import HostTensors
+from qlora.kernels.gated_mlp import for_backward_alone
 from qlora.quantization.modules import decoder_layers
 
 
@@ -26,10 +29,11 @@ def recompute_first(model: Any, layers: int, *, offload: bool = False) -> None:
     """
     device = next(model.parameters()).device
     kept = HostTensors(str(device), 0) if offload and device.type == "cuda" else None
+    again_of = _Layers(kept)
     for index, layer in enumerate(decoder_layers(model)[1]):
         layer.gradient_checkpointing = index < layers  # type: ignore[assignment]
         if index < layers:
-            again: Any = partial(_run, kept, index)
+            again: Any = partial(_run, again_of, index)
             if _drops_out(layer):
                 again = partial(checkpoint, use_reentrant=False)
             layer._gradient_checkpointing_func = again
@@ -41,43 +45,66 @@ def _drops_out(layer: nn.Module) -> bool:
     return any(isinstance(chance, float) and chance > 0 for chance in chances)
 
 
-def _run(
-    kept: HostTensors | None, index: int, layer: Callable[..., torch.Tensor], hidden: torch.Tensor
-) -> torch.Tensor:
+@dataclass
+class _Layers:
+    """What the layers of a model that run again share."""
+
+    kept: HostTensors | None
+    without_output: dict[int, bool] = field(default_factory=dict)
+    """Whether the backward of a layer goes without the output of its feed-forward block; found at its first."""
+
+
+def _run(layers: _Layers, index: int, layer: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
     if not hidden.requires_grad:  # the embeddings are frozen; a node in the graph needs an input that is not
         hidden = hidden.detach().requires_grad_()
-    return _Again.apply(hidden, layer, kept, index)
+    return _Again.apply(hidden, layer, layers, index)
 
 
 class _Again(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, layer: Callable[..., torch.Tensor], kept: HostTensors | None, index: int
+        ctx: Any, hidden: torch.Tensor, layer: Callable[..., torch.Tensor], layers: _Layers, index: int
     ) -> torch.Tensor:
         device = hidden.device.type
-        ctx.layer, ctx.kept, ctx.index = layer, kept, index
+        ctx.layer, ctx.layers, ctx.index = layer, layers, index
         ctx.autocast = {
             "device_type": device,
             "dtype": torch.get_autocast_dtype(device),
             "enabled": torch.is_autocast_enabled(device),
         }
-        if kept is None:
+        if layers.kept is None:
             ctx.save_for_backward(hidden)
         else:
-            kept.put(index, hidden)
+            layers.kept.put(index, hidden)
         with torch.no_grad():
             return layer(hidden)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None]:
-        if ctx.kept is None:
+        layers, index = ctx.layers, ctx.index
+        if layers.kept is None:
             (hidden,) = ctx.saved_tensors
         else:
-            hidden = ctx.kept.get(ctx.index)
-            if ctx.index:
-                ctx.kept.prefetch(ctx.index - 1)
+            hidden = layers.kept.get(index)
+            if index:
+                layers.kept.prefetch(index - 1)
         hidden = hidden.detach().requires_grad_()
         with torch.enable_grad(), torch.autocast(**ctx.autocast):
-            output = ctx.layer(hidden)
+            if layers.without_output.get(index):
+                with for_backward_alone():
+                    output = ctx.layer(hidden)
+            else:
+                output = ctx.layer(hidden)
         torch.autograd.backward(output, grads)
+        if index not in layers.without_output:
+            layers.without_output[index] = _goes_without_output(ctx, hidden, grads)
         return hidden.grad, None, None, None
+
+
+def _goes_without_output(ctx: Any, hidden: torch.Tensor, grads: Sequence[torch.Tensor]) -> bool:
+    """Whether NaNs for the output of the layer's feed-forward block change nothing in its backward."""
+    hidden = hidden.detach().requires_grad_()
+    with torch.enable_grad(), torch.autocast(**ctx.autocast), for_backward_alone():
+        output = ctx.layer(hidden)
+    (gradient,) = torch.autograd.grad(output, hidden, grads)
+    return bool(gradient.isfinite().all())

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -97,14 +98,14 @@ class Trainer(SFTTrainer):
         if len(rows) < 2 or tokens <= self.most_tokens:
             # Other processes would wait for gradients that this one does not send.
             divisible = len(rows) > 1 and self.args.world_size == 1
-            before = [None if each.grad is None else each.grad.clone() for each in self._learning() if divisible]
+            before = [None if each.grad is None else each.grad.clone() for each in self._learning if divisible]
             try:
                 return super().training_step(model, inputs, num_items_in_batch)
             except torch.OutOfMemoryError as error:
                 if not divisible:
                     raise WillNotFit(f"memory ran out in a forward of {tokens:,} tokens", *self._ways_out()) from error
             # Outside the except block: the error's frames would keep the activations.
-            for parameter, gradient in zip(self._learning(), before, strict=True):
+            for parameter, gradient in zip(self._learning, before, strict=True):
                 parameter.grad = gradient
             del inputs
             if torch.cuda.is_available():
@@ -114,6 +115,7 @@ class Trainer(SFTTrainer):
         halves = [self._collate(half) for half in self.plan.schedule.divided(rows, 2)]
         return torch.stack([self.training_step(model, half, num_items_in_batch) for half in halves]).sum()
 
+    @cached_property
     def _learning(self) -> list[torch.nn.Parameter]:
         assert self.model is not None
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]

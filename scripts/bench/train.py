@@ -8,10 +8,11 @@
 
 With --shape, a random-weight checkpoint is written to --work (once). Rows are random tokens of one length, or those of
 a JSONL file (GSM8K's columns, or any format a recipe takes), rendered as in training. Adapters are on all linear
-layers. A line of the table is a process of its own. Seconds are the median of the steps after the fourth, tokens are
-real ones, memory is the peak from the first step on, "by formula" what our plan expects of it. Peers take --micro-batch
-rows a forward, padded; ours as many tokens with checkpointing on or off, and what it plans with auto. A run whose
-gradient norm is zero at any step is a failure: it did not train.
+layers. A line of the table is a process of its own. Seconds are the median of the steps after the fourth, on the GPU's
+clock; tokens are real ones, memory is the peak from the first step on, "by formula" what our plan expects of it. Peers
+take --micro-batch rows a forward, padded; ours as many tokens with checkpointing on or off, and what it plans with
+auto. Loss and gradient norm are logged every fifth step; a run whose gradient norm is zero then is a failure: it did
+not train.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from qlora.training.profile import ProfileStep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 WARM_UP = 4
+LOG_EVERY = 5
 GIB = 2**30
 
 
@@ -130,15 +132,15 @@ def line(row: dict[str, Any]) -> str:
 
 
 def one(job: dict[str, Any]) -> dict[str, Any]:
-    """Train in this process; raises unless every step had a gradient."""
+    """Train in this process; raises unless every step that was logged had a gradient."""
     if job["gpu_memory"]:
         limit_gpu(job["gpu_memory"])
     trainer = {"ours": ours, "trl": trl, "unsloth": unsloth}[job["engine"]](job)
     times: list[float] = []
-    trainer.add_callback(_timer(times))
-    if job["profile"]:
-        trainer.add_callback(ProfileStep(Path(job["profile"]), on_gpu=job["device"] != "cpu"))
     on_gpu = job["device"] != "cpu"
+    trainer.add_callback(_timer(times, on_gpu))
+    if job["profile"]:
+        trainer.add_callback(ProfileStep(Path(job["profile"]), on_gpu=on_gpu))
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
@@ -168,21 +170,27 @@ def padded_positions(job: dict[str, Any]) -> int:
     return sum(len(batch) * max(batch) for batch in batches)
 
 
-def _timer(times: list[float]) -> Any:
+def _timer(times: list[float], on_gpu: bool) -> Any:
+    """Writes to `times` from the beginning of a step to that of the next, on the GPU's clock: nobody waits for it."""
     from transformers import TrainerCallback
 
     class Timer(TrainerCallback):
-        def wait(self) -> None:
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
+        def __init__(self) -> None:
+            self.marks: list[Any] = []
 
         def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.wait()
-            self.begun = time.perf_counter()
+            if on_gpu:
+                self.marks.append(torch.cuda.Event(enable_timing=True))
+                self.marks[-1].record()
+            else:
+                self.marks.append(time.perf_counter())
 
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            self.wait()
-            times.append(time.perf_counter() - self.begun)
+        def on_train_end(self, *_: Any, **__: Any) -> None:
+            self.on_step_begin()
+            if on_gpu:
+                torch.cuda.synchronize()
+            for begin, end in zip(self.marks, self.marks[1:], strict=False):
+                times.append(begin.elapsed_time(end) / 1000 if on_gpu else end - begin)
 
     return Timer()
 
@@ -210,6 +218,7 @@ def ours(job: dict[str, Any]) -> Any:
             "scheduler": "constant",
             "learning_rate": 1e-4,
             "checkpoint_every": 10**6,
+            "log_every": LOG_EVERY,
         },
     }
     if job["checkpointing"] != "auto":
@@ -241,7 +250,7 @@ def _sft_config(job: dict[str, Any], checkpointing: bool) -> Any:
         per_device_train_batch_size=job["micro_batch"],
         gradient_accumulation_steps=job["rows_per_step"] // job["micro_batch"],
         max_steps=job["steps"],
-        logging_steps=1,
+        logging_steps=LOG_EVERY,
         report_to=[],
         bf16=True,
         max_length=job["length"],

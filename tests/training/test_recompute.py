@@ -5,6 +5,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora.kernels import lora_linears
+from qlora.training.fused import fuse
 from qlora.training.recompute import recompute_first
 
 KINDS = ["llama", "qwen3", "gemma3_text", "gpt_neox"]
@@ -98,3 +100,27 @@ def test_what_was_asked_last_counts():
     assert learned(model)[2] < kept
     recompute_first(model.get_base_model(), 0)
     assert learned(model)[2] == kept
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("kind", "goes_without"), [("llama", True), ("qwen3", True), ("gemma3_text", False)])
+def test_the_last_product_is_left_out_where_nothing_reads_it(kind, goes_without, device, monkeypatch):
+    model = model_of(kind, device)
+    fuse(model)
+    loss, gradients, _ = learned(model)
+    recompute_first(model.get_base_model(), LAYERS)
+    learned(model)
+    down = 0
+    plain = lora_linears.products
+
+    def counting(x, linears):
+        nonlocal down
+        down += len(linears) == 1 and x.shape[1] == 128
+        return plain(x, linears)
+
+    monkeypatch.setattr(lora_linears, "products", counting)
+    again, same, _ = learned(model)
+    assert down == (LAYERS if goes_without else 2 * LAYERS)
+    torch.testing.assert_close(again, loss)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(same[name], gradient, rtol=1e-4, atol=1e-6)
