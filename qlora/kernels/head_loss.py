@@ -28,7 +28,7 @@ BLOCK = 4096
 def head_loss(
     hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, scale: torch.Tensor | float
 ) -> torch.Tensor:
-    """fp32 scalar: `scale` times the summed cross-entropy of h·Wᵀ against `targets_N` (int64).
+    """fp32 scalar: `scale` times the summed cross-entropy of h·Wᵀ against `targets_N` (int64); none where negative.
 
     Differentiable in `hidden_ND` alone; `weight_VD`, in the same dtype, must not require a gradient.
     """
@@ -64,7 +64,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def loss_and_gradient_(logits_NV: torch.Tensor, targets_N: torch.Tensor, loss_N: torch.Tensor) -> None:
-    """Write each token's cross-entropy to `loss_N` (fp32) and softmax − onehot over the logits."""
+    """Write each token's cross-entropy to `loss_N` (fp32) and softmax − onehot over the logits; zeros if no target."""
     if logits_NV.is_cuda and triton is not None:
         _kernel[(len(logits_NV),)](
             logits_NV, targets_N, loss_N, logits_NV.stride(0), VOCABULARY=logits_NV.shape[1], BLOCK=BLOCK, num_warps=16
@@ -72,11 +72,12 @@ def loss_and_gradient_(logits_NV: torch.Tensor, targets_N: torch.Tensor, loss_N:
         return
     wide_NV = logits_NV.float()
     total_N = torch.logsumexp(wide_NV, dim=-1)
-    chosen_N1 = targets_N[:, None]
-    loss_N.copy_(total_N - wide_NV.gather(1, chosen_N1)[:, 0])
+    counts_N = targets_N >= 0
+    chosen_N1 = targets_N.clamp(min=0)[:, None]
+    loss_N.copy_((total_N - wide_NV.gather(1, chosen_N1)[:, 0]) * counts_N)
     wide_NV.sub_(total_N[:, None]).exp_()
     wide_NV.scatter_add_(1, chosen_N1, torch.full_like(chosen_N1, -1, dtype=torch.float32))
-    logits_NV.copy_(wide_NV)
+    logits_NV.copy_(wide_NV * counts_N[:, None])
 
 
 if triton is not None:
@@ -87,6 +88,13 @@ if triton is not None:
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * stride
         target = tl.load(targets_ptr + row)
+        if target < 0:
+            tl.store(loss_ptr + row, 0.0)
+            for start in range(0, VOCABULARY, BLOCK):
+                column = start + tl.arange(0, BLOCK)
+                zeros = tl.zeros((BLOCK,), logits_ptr.dtype.element_ty)
+                tl.store(logits_ptr + column, zeros, mask=column < VOCABULARY)
+            return
         largest = float("-inf")
         total = 0.0
         for start in range(0, VOCABULARY, BLOCK):

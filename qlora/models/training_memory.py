@@ -108,15 +108,19 @@ class Trained:
         """Of a pass; where the device's peak is not known, right up to a factor."""
         device = "cuda" if self.machine.on_gpu else "cpu"
         share = one.recomputed / self.shapes.layers
-        flops = one.tokens * training_flops(self.shapes, self.adapter, self.sequence, recomputed=share)
-        computing = self.machine.seconds(flops, TRAINING)
-        if computing is None:
-            computing = flops / (TRAINING.share_of_peak * UNKNOWN_PEAK)
         dequantizing = 0 if one.dense else (2 + share) * self.quantized / DEQUANTIZE_RATE[device]
-        fixed = dequantizing + PASS_SECONDS[device] * self.shapes.layers
-        if one.offloaded:
-            computing *= OFFLOADING_SLOWER
-        return computing + fixed
+        slower = OFFLOADING_SLOWER if one.offloaded else 1
+        return slower * self._computing(one) + dequantizing + PASS_SECONDS[device] * self.shapes.layers
+
+    def launch_bound(self, one: Pass) -> bool:
+        """Whether a GPU is done with kernels before the next are launched."""
+        return self.machine.on_gpu and self._computing(one) < PASS_SECONDS["cuda"] * self.shapes.layers
+
+    def _computing(self, one: Pass) -> float:
+        share = one.recomputed / self.shapes.layers
+        flops = one.tokens * training_flops(self.shapes, self.adapter, self.sequence, recomputed=share)
+        seconds = self.machine.seconds(flops, TRAINING)
+        return flops / (TRAINING.share_of_peak * UNKNOWN_PEAK) if seconds is None else seconds
 
     @property
     def kept_bytes(self) -> float:

@@ -44,6 +44,8 @@ class TrainingPlan:
     """Of all processes' devices; None where it is not known."""
     parts: dict[str, int]
     """Bytes by formula of what is live at the peak, without the process and slack."""
+    launch_bound: bool
+    """Whether a GPU would wait for kernels to be launched."""
 
     @property
     def division(self) -> Division:
@@ -128,8 +130,16 @@ def plan_training(
         chosen = plan(trained, divisions, total * rows / len(row_tokens) / processes, budget)
     flops = 4.0 * (shapes.active + shapes.head)
     peak = None if machine.peak is None else machine.peak * processes
+    largest = chosen.largest
     return TrainingPlan(
-        found[chosen.forwards][0], chosen, shapes.layers, budget, flops, peak, trained.parts(chosen.largest)
+        found[chosen.forwards][0],
+        chosen,
+        shapes.layers,
+        budget,
+        flops,
+        peak,
+        trained.parts(largest),
+        trained.launch_bound(largest),
     )
 
 

@@ -32,6 +32,8 @@ class Schedule:
     seed: int
     padded: bool = False
     """Rows of a forward stand in a rectangle as wide as the longest, instead of end to end."""
+    multiple: int = 1
+    """Of positions, that forwards are filled up to."""
 
     @property
     def steps_per_epoch(self) -> int:
@@ -52,7 +54,8 @@ class Schedule:
     def tokens(self, rows: Rows) -> int:
         """Positions that a forward computes, padding included."""
         lengths = [self.lengths[row] for row in rows]
-        return len(lengths) * max(lengths, default=0) if self.padded else sum(lengths)
+        positions = len(lengths) * max(lengths, default=0) if self.padded else sum(lengths)
+        return -(-positions // self.multiple) * self.multiple
 
     def longest(self, epochs: int) -> int:
         """Positions of the longest forward of so many epochs."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
 from qlora.recipe import Recipe
 from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
-from qlora.training.fused import fuse, fuse_head
+from qlora.training.fused import Fused, fuse, fuse_head
+from qlora.training.graphs import Room
 from qlora.training.packed import allow_packed
 from qlora.training.plan import Division, TrainingPlan, plan_training
 from qlora.training.probe import kept_bytes_per_token
@@ -112,11 +113,17 @@ def build_trainer(
     for reason, layers in fused.plain.items() if fused is not None else ():
         log.info("%d adapter layers train on the plain path: %s", layers, reason)
     config.gradient_accumulation_steps = plan.schedule.forwards
+    room = None
+    if cannot_pack is None and plain_head is None and config.world_size == 1 and _can_be_recorded(model, fused, plan):
+        room = Room.of(plan.schedule)
+        plan = replace(plan, schedule=replace(plan.schedule, multiple=room.tokens))
+        log.info("kernels are launched as CUDA graphs, rows filled up to multiples of %d tokens", room.tokens)
     trainer = Trainer(
         rows=rows,
         plan=plan,
         packed=cannot_pack is None,
         own_head=plain_head is None,
+        room=room,
         model=model,
         args=config,
         train_dataset=_dataset(rows),
@@ -159,6 +166,15 @@ def _plan(
         padded=padded,
         measured=measured,
         before=before,
+    )
+
+
+def _can_be_recorded(model: Any, fused: Fused | None, plan: TrainingPlan) -> bool:
+    """Whether passes are worth a CUDA graph, and nothing in them is known that a graph cannot hold."""
+    if fused is None or fused.plain or plan.memory.largest.offloaded:
+        return False
+    return plan.launch_bound and not any(
+        isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()
     )
 
 

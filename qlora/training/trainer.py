@@ -20,6 +20,7 @@ from trl import SFTConfig, SFTTrainer
 from qlora.data.rendering import RenderedRow
 from qlora.errors import WillNotFit
 from qlora.training.fused import HEAD_INPUTS
+from qlora.training.graphs import Graphs, Room
 from qlora.training.packed import IGNORED, Tokens, pack, pad
 from qlora.training.plan import TrainingPlan
 from qlora.training.schedule import Forwards, Rows
@@ -43,7 +44,8 @@ class Trainer(SFTTrainer):
     """Trains on `rows` as the plan divides them.
 
     `packed`: the model's attention takes packed rows. `own_head`: the model computes its loss from `HEAD_INPUTS`; TRL
-    computes it otherwise, and wherever its options ask for more than the cross-entropy.
+    computes it otherwise, and wherever its options ask for more than the cross-entropy. `room`: forwards are
+    CUDA graphs, of batches that fill it; where the loss is the model's own.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Trainer(SFTTrainer):
         plan: TrainingPlan,
         packed: bool,
         own_head: bool,
+        room: Room | None,
         args: SFTConfig,
         **options: Any,
     ) -> None:
@@ -61,6 +64,7 @@ class Trainer(SFTTrainer):
         self.own_head = (
             own_head and not self.aux_loss_enabled and args.loss_type == "nll" and args.label_smoothing_factor == 0
         )
+        self.room = room if self.own_head else None
         self.most_tokens: float = math.inf
         """Of a forward, since memory ran out."""
         # Every loss here is divided by the tokens of the whole step, whatever the model's own forward takes.
@@ -82,6 +86,8 @@ class Trainer(SFTTrainer):
         # A process that a step leaves nothing to runs a token from which nothing is learned: the others wait for it.
         found = found or [([0], [IGNORED])]
         batch = pack(found) if self.packed else pad(found)
+        if self.room is not None:
+            batch |= self.room.filled(batch)
         if not self.own_head:
             batch = {key: value for key, value in batch.items() if key not in HEAD_INPUTS}
         return batch | {ROWS: rows}
@@ -100,6 +106,8 @@ class Trainer(SFTTrainer):
             divisible = len(rows) > 1 and self.args.world_size == 1
             before = [None if each.grad is None else each.grad.clone() for each in self._learning if divisible]
             try:
+                if self.room is not None:
+                    return self._replay(inputs, num_items_in_batch)
                 return super().training_step(model, inputs, num_items_in_batch)
             except torch.OutOfMemoryError as error:
                 if not divisible:
@@ -114,6 +122,18 @@ class Trainer(SFTTrainer):
             log.warning("memory ran out in a forward of %d tokens: from now on none is longer than half of it", tokens)
         halves = [self._collate(half) for half in self.plan.schedule.divided(rows, 2)]
         return torch.stack([self.training_step(model, half, num_items_in_batch) for half in halves]).sum()
+
+    def _replay(self, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor:
+        assert self.model is not None and num_items_in_batch is not None
+        if not self.model.training:
+            self.model.train()
+        inputs = {key: value for key, value in inputs.items() if key != "labels"}
+        count = torch.as_tensor(num_items_in_batch, dtype=torch.int64)
+        return self._graphs(inputs | {"num_items_in_batch": count}, self.args.device)
+
+    @cached_property
+    def _graphs(self) -> Graphs:
+        return Graphs(lambda inputs: self.model_wrapped(**inputs, use_cache=False).loss, self._learning)
 
     @cached_property
     def _learning(self) -> list[torch.nn.Parameter]:

@@ -39,6 +39,22 @@ def test_loss_and_gradient_are_those_of_cross_entropy(
     assert (hidden.grad.double() - exact.grad).norm() < tolerance * exact.grad.norm()
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_tokens_without_a_target_are_no_loss_and_have_no_gradient(device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (9, 5000))
+    targets = torch.tensor([3, -100, 7, 4999, -100, 0, 1, 2, -100], device=device)
+    hidden.requires_grad_()
+    loss = head_loss(hidden, weight, targets, 1.0)
+    loss.backward()
+    exact = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(exact @ weight.double().T, targets, reduction="sum")
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert (hidden.grad.double() - exact.grad).norm() < 1e-5 * exact.grad.norm()
+    assert (hidden.grad[targets < 0] == 0).all()
+
+
 def test_extreme_logits_give_finite_numbers() -> None:
     hidden = torch.tensor([[1e4, 0.0], [0.0, -1e4]], requires_grad=True)
     weight = torch.eye(2)

@@ -1,0 +1,131 @@
+"""Small models, whose kernels end before the next one is launched: whole passes recorded as CUDA graphs.
+
+A graph replays thousands of launches as one, with tensors where they were when it was recorded. So batches are filled
+up to a few sizes, and for each of these a forward with its backward is recorded, the second time that it comes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora.training.packed import IGNORED
+from qlora.training.schedule import Schedule
+
+log = logging.getLogger(__name__)
+
+# Sizes that batches are filled up to: so many between nothing and a mean batch.
+SIZES = 8
+SMALLEST = 64
+
+
+@dataclass(frozen=True)
+class Room:
+    """What packed batches are filled up to."""
+
+    tokens: int
+    """A multiple of this."""
+    rows: int
+    longest: int
+    """Odd, so that rows are not taken for a batch of this length each."""
+
+    @classmethod
+    def of(cls, schedule: Schedule) -> Room:
+        """For all batches of a schedule."""
+        mean = sum(schedule.lengths) / len(schedule.lengths) * schedule.rows_per_step
+        mean /= schedule.forwards * schedule.processes
+        tokens = max(SMALLEST, 2 ** round(mean / SIZES).bit_length() // 2)
+        return cls(tokens, schedule.rows_per_step, max(tokens, *schedule.lengths) | 1)
+
+    def filled(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """A batch of `packed.pack` with one more row, of nothing to learn from, and rows without tokens behind it."""
+        ends: torch.Tensor = batch["cu_seq_lens_q"]
+        tokens, predicted = batch["input_ids"].shape[1], len(batch["targets"])
+        total = _multiple(tokens, self.tokens)
+        rest = total - tokens
+        ends = torch.cat([ends, ends.new_full((self.rows + 2 - len(ends),), total)])
+        # Positions that nothing is predicted from, each once: what is learned there is nothing.
+        free = torch.ones(total, dtype=torch.bool)
+        free[batch["predicting"]] = False
+        others = free.nonzero()[: _multiple(predicted, self.tokens) - predicted, 0]
+        return {
+            "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, rest)),
+            "position_ids": torch.cat([batch["position_ids"], torch.arange(rest)[None]], dim=1),
+            "cu_seq_lens_q": ends,
+            "cu_seq_lens_k": ends,
+            "max_length_q": self.longest,
+            "max_length_k": self.longest,
+            "targets": torch.cat([batch["targets"], torch.full_like(others, IGNORED)]),
+            "predicting": torch.cat([batch["predicting"], others]),
+        }
+
+
+def _multiple(number: int, of: int) -> int:
+    return -(-number // of) * of
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    graph: torch.cuda.CUDAGraph
+    inputs: dict[str, torch.Tensor]
+    loss: torch.Tensor
+
+
+class Graphs:
+    """Forwards with their backwards on one GPU, from recordings where there are any."""
+
+    def __init__(self, run: Callable[[dict[str, Any]], torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> None:
+        """run: from inputs to a loss, of which every launch follows from the inputs' shapes alone."""
+        self._run, self._parameters = run, parameters
+        self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        self._recorded: dict[tuple[Any, ...], _Recorded | None] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._records = True
+
+    def __call__(self, inputs: dict[str, Any], device: torch.device) -> torch.Tensor:
+        """The loss; gradients are added to those of the parameters, as `backward` does."""
+        key = tuple(tuple(each.shape) if isinstance(each, torch.Tensor) else each for each in inputs.values())
+        if key in self._recorded and self._recorded[key] is None and self._records:
+            self._recorded[key] = self._record(_on(inputs, device))
+        recorded = self._recorded.setdefault(key, None)
+        if recorded is None:
+            loss = self._run(_on(inputs, device))
+            loss.backward()
+            return loss.detach()
+        held = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        before = torch._foreach_mul(held, 1.0) if held else None
+        for name, tensor in recorded.inputs.items():
+            tensor.copy_(inputs[name], non_blocking=True)
+        recorded.graph.replay()
+        if before is not None:
+            torch._foreach_add_(before, self._gradients)
+        for parameter, gradient in zip(self._parameters, before or self._gradients, strict=True):
+            parameter.grad = gradient
+        return recorded.loss.clone()
+
+    def _record(self, inputs: dict[str, Any]) -> _Recorded | None:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                loss = self._run(inputs)
+                torch._foreach_copy_(self._gradients, list(torch.autograd.grad(loss, self._parameters)))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log.info("training does without CUDA graphs: %s", str(error).splitlines()[0])
+            self._records = False
+            return None
+        tensors = {name: each for name, each in inputs.items() if isinstance(each, torch.Tensor)}
+        return _Recorded(graph, tensors, loss.detach())
+
+
+def _on(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Tensors on the device; each a copy of its own, so that a recording may keep them."""
+    return {
+        name: each.to(device, non_blocking=True, copy=True) if isinstance(each, torch.Tensor) else each
+        for name, each in inputs.items()
+    }
