@@ -28,6 +28,7 @@ from qlora.kernels.head_loss import head_loss
 from qlora.kernels.lora_linears import Copies, FrozenLinear, lora_linears
 from qlora.kernels.norms import SOURCE, fuse_rms_norms
 from qlora.kernels.rotary import rotate
+from qlora.training.residual import fuse_layers
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 BLOCK = ("gate_proj", "up_proj", "down_proj")
@@ -47,6 +48,8 @@ class Fused:
     """Feed-forward blocks fused whole; their linears count above too."""
     norms: int
     """RMS norms in one kernel; what reads their output keeps their input in its place."""
+    residuals: int
+    """Decoder layers whose additions are in the norms' kernels."""
     plain: dict[str, int]
     """Why adapter layers keep PEFT's forward → how many."""
     layers: Sequence[_Layer] = field(repr=False)
@@ -83,11 +86,13 @@ def fuse(model: nn.Module) -> Fused:
         if all(name in layers for name in BLOCK):
             both = copied[BLOCK[:2]], copied[BLOCK[2:]]
             blocks += _fuse_block(parent, [layers[name] for name in BLOCK], both)
+    residuals = 0
     if linears:
         causal: Any = model.get_base_model()  # type: ignore[operator]
+        residuals = fuse_layers(causal, TOLERANCE[causal.dtype])
         # Whoever calls the model in whatever way goes through its decoder.
         getattr(causal, causal.base_model_prefix).register_forward_pre_hook(copies.refresh)
-    return Fused(linears, blocks, norms, dict(plain), every)
+    return Fused(linears, blocks, norms, residuals, dict(plain), every)
 
 
 def fuse_rotary(model: nn.Module) -> int:

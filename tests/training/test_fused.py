@@ -31,10 +31,10 @@ KINDS = {
 }
 
 
-def model_of(kind, dtype=torch.float32, quantized=True, **lora):
+def model_of(kind, dtype=torch.float32, quantized=True, config=None, **lora):
     """A tiny model with 4-bit linears and an adapter whose B is not zero."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(kind, **SIZES, **KINDS[kind])
+    config = AutoConfig.for_model(kind, **SIZES, **KINDS.get(kind, config or {}))
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if quantized:
         for module in list(model.modules()):
@@ -133,6 +133,22 @@ def test_a_block_of_another_formula_is_not_fused():
     for layer in model.base_model.model.model.layers:
         layer.mlp.act_fn = ACT2FN["relu"]
     compare(model, 14, 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "layers"),
+    [
+        *(("llama", {}, 2), ("qwen2", {}, 2), ("qwen3", {}, 2), ("mistral", {}, 2)),
+        *(("gemma3_text", {}, 0), ("olmo2", {}, 0), ("granite", {"residual_multiplier": 0.5}, 0)),
+    ],
+)
+def test_layers_of_another_formula_keep_their_residual_stream(kind, options, layers):
+    assert fuse(model_of(kind, config=options)).residuals == layers
+
+
+def test_a_norm_that_learns_keeps_its_own_forward():
+    model = model_of("llama", modules_to_save=["post_attention_layernorm"])
+    assert fuse(model).residuals == 0
 
 
 def test_a_layer_keeps_nothing_twice():
