@@ -89,8 +89,8 @@ class Pass:
     """Decoder layers whose activations are computed again in the backward."""
     offloaded: bool = False
     """Whether the inputs of those layers wait in host memory."""
-    dense: bool = False
-    """Whether quantized weights are kept in 16 bits too, and not dequantized again in every pass."""
+    dense: int = 0
+    """Decoder layers whose quantized weights are kept in 16 bits too, and not dequantized again in every pass."""
 
 
 @dataclass(frozen=True)

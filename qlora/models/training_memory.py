@@ -69,15 +69,27 @@ class Trained:
         """Weights that are dequantized in every pass."""
         return 0 if self.recipe.model.quantization == "none" else self.shapes.quantized
 
-    def passes(self, tokens: int) -> Iterator[list[Pass]]:
-        """Ways to take so many tokens, in lists from fast to slow, of which each next one needs less memory."""
+    def passes(self, tokens: int) -> Iterator[Pass]:
+        """Ways to take so many tokens, of which each next one needs less memory."""
         layers = self.shapes.layers
         counts = {None: range(layers + 1), False: range(1), True: range(layers, layers + 1)}
-        for dense in (False, True) if self.fused and self.quantized else (False,):
-            found = [Pass(tokens, count, dense=dense) for count in counts[self.recipe.train.gradient_checkpointing]]
-            if self.machine.on_gpu and found[-1].recomputed:
-                found.append(replace(found[-1], offloaded=True))
+        found = Pass(tokens, 0)
+        for count in counts[self.recipe.train.gradient_checkpointing]:
+            found = Pass(tokens, count)
             yield found
+        if self.machine.on_gpu and found.recomputed:
+            yield replace(found, offloaded=True)
+
+    def with_dense(self, one: Pass, budget: int) -> Pass:
+        """The same with as many layers' weights in 16 bits too as the budget has room for."""
+        if not self.fused or not self.quantized:
+            return one
+        layers = self.shapes.layers
+        every = replace(one, dense=layers)
+        if self.peak(every) <= budget:
+            return every
+        each = FRAGMENTATION * self.itemsize * self.quantized / layers
+        return replace(one, dense=min(layers - 1, max(0, int((budget - self.peak(one)) / each))))
 
     def parts(self, one: Pass) -> dict[str, int]:
         """Bytes that are live on the device at the peak of training, by name, without the process itself."""
@@ -86,7 +98,7 @@ class Trained:
         head, work = self._head_bytes(one.tokens), round(self.working_bytes * one.tokens)
         first = (shapes.layers - one.recomputed) * kept
         again = kept if one.recomputed else 0
-        dequantized = (1 if self.fused else 2) * itemsize if self.quantized and not one.dense else 0
+        dequantized = (1 if self.fused else 2) * itemsize if self.quantized and one.dense < shapes.layers else 0
         inputs = min(one.recomputed, OFFLOADED_ON_DEVICE) if one.offloaded else one.recomputed
         at_the_head = first + max(head, work) > again + work
         return {
@@ -96,7 +108,7 @@ class Trained:
             "saved activations": first if at_the_head else again,
             "output head or backward": max(head, work) if at_the_head else work,
             "dequantized weights": dequantized * max(linear.parameters for linear in shapes.linears),
-            "weights in 16 bits too": itemsize * self.quantized if one.dense else 0,
+            "weights in 16 bits too": itemsize * self.quantized * one.dense // shapes.layers,
         }
 
     def peak(self, one: Pass) -> int:
@@ -108,7 +120,8 @@ class Trained:
         """Of a pass; where the device's peak is not known, right up to a factor."""
         device = "cuda" if self.machine.on_gpu else "cpu"
         share = one.recomputed / self.shapes.layers
-        dequantizing = 0 if one.dense else (2 + share) * self.quantized / DEQUANTIZE_RATE[device]
+        packed = self.quantized * (1 - one.dense / self.shapes.layers)
+        dequantizing = (2 + share) * packed / DEQUANTIZE_RATE[device]
         slower = OFFLOADING_SLOWER if one.offloaded else 1
         return slower * self._computing(one) + dequantizing + PASS_SECONDS[device] * self.shapes.layers
 
@@ -172,14 +185,15 @@ def plan(trained: Trained, divisions: Iterable[tuple[int, int]], step_tokens: fl
     fastest: tuple[float, Plan] | None = None
     smallest: Plan | None = None
     for forwards, tokens in divisions:
-        for passes in trained.passes(tokens):
-            for largest in passes:
-                found = Plan(forwards, largest, trained.peak(largest))
-                smallest = min(smallest or found, found, key=lambda each: each.peak)
-                if found.peak <= budget:
-                    seconds = forwards * trained.seconds(replace(largest, tokens=round(step_tokens / forwards)))
-                    if fastest is None or seconds < fastest[0]:
-                        fastest = seconds, found
+        for one in trained.passes(tokens):
+            found = Plan(forwards, one, trained.peak(one))
+            smallest = min(smallest or found, found, key=lambda each: each.peak)
+            if found.peak <= budget:
+                largest = trained.with_dense(one, budget)
+                seconds = forwards * trained.seconds(replace(largest, tokens=round(step_tokens / forwards)))
+                if fastest is None or seconds < fastest[0]:
+                    fastest = seconds, Plan(forwards, largest, trained.peak(largest))
+                if not trained.fused or largest.dense == trained.shapes.layers:
                     break  # what needs less is slower
     assert smallest is not None, "there is a division"
     return fastest[1] if fastest else smallest

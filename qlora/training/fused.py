@@ -54,9 +54,9 @@ class Fused:
     """Why adapter layers keep PEFT's forward → how many."""
     layers: Sequence[_Layer] = field(repr=False)
 
-    def keep_dense(self) -> None:
-        """Keep quantized weights dequantized too; the bits are the same, and the memory is that of 16 bits."""
-        for layer in self.layers:
+    def keep_dense(self, share: float = 1.0) -> None:
+        """Keep the first of the quantized weights in 16 bits too: the same bits, and not dequantized again."""
+        for layer in self.layers[: round(share * len(self.layers))]:
             layer.keep_dense()
 
 

@@ -26,7 +26,7 @@ class Division:
     forwards: int
     recomputed: int
     offloaded: bool
-    dense: bool
+    dense: int
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,8 @@ class TrainingPlan:
         forwards = "1 forward" if count == 1 else f"{count} forwards"
         again = f"{one.recomputed} of {self.layers} layers recomputed" if one.recomputed else "nothing recomputed"
         again += " from inputs in host memory" if one.offloaded else ""
-        again += ", weights in 16 bits too" if one.dense else ""
+        if one.dense:
+            again += f", weights of {one.dense} of {self.layers} layers in 16 bits too"
         sizes = f"about {self.memory.peak / 2**30:.1f} GiB of {self.budget / 2**30:.1f}"
         return f"{forwards} of up to {one.tokens:,} tokens a step, {again}, {sizes}"
 

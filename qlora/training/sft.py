@@ -105,7 +105,7 @@ def build_trainer(
     largest = plan.memory.largest
     recompute_first(model.get_base_model(), largest.recomputed, offload=largest.offloaded)
     if fused is not None and largest.dense:
-        fused.keep_dense()
+        fused.keep_dense(largest.dense / plan.layers)
     log.info("training: %s", plan.text)
     for what, reason in (("rows are padded", cannot_pack), ("TRL computes the loss", plain_head)):
         if reason:
