@@ -172,8 +172,8 @@ class Train(Section):
     """Steps between checkpoints to resume from; the last two are kept."""
     evaluate_every: PositiveInt | None = None
     """Steps between evaluations of the loss on data.eval during training."""
-    log_every: PositiveInt = 1
-    """Steps between log entries."""
+    log_every: PositiveInt | None = None
+    """Steps between log entries. null: 10 on a GPU, which waits for each, and 1 on a CPU."""
     processes: PositiveInt = 1
     """Processes that `qlora run` starts through accelerate (one per GPU)."""
     args: dict[str, Any] = {}

@@ -38,7 +38,7 @@ class Report(TrainerCallback):
     """Progress with loss, tokens per second, memory and time left; keeps the loss curve for the lineage.
 
     Speed is that of the steps after the first of this process, which also builds kernels and fills caches. Tokens are
-    counted from the plan, so that nobody waits for the device.
+    counted from the plan, so that nobody waits for the device; the first and the last step are logged in any case.
     """
 
     reporter: Reporter
@@ -48,7 +48,7 @@ class Report(TrainerCallback):
     curve: list[dict[str, float]] = field(default_factory=list)
     _work: list[tuple[int, int]] = field(default_factory=list)
     _first: tuple[int, float] | None = None
-    """The first step of this process, and when it ended."""
+    """The first step of this process, and when the device was done with it."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -58,8 +58,8 @@ class Report(TrainerCallback):
         self.reporter.progress(state.global_step, state.max_steps, "")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._first is None:
-            self._first = state.global_step, time.monotonic()
+        if self._first is None or state.global_step == state.max_steps:
+            control.should_log = True
 
     def on_log(
         self,
@@ -75,6 +75,8 @@ class Report(TrainerCallback):
             self.curve.append({"step": state.global_step, "eval_loss": logs["eval_loss"]})
         if "loss" not in logs:
             return
+        if self._first is None:
+            self._first = state.global_step, time.monotonic()
         memory = memory_in_use_gib(self.device)
         entry = {
             "loss": logs["loss"],

@@ -41,6 +41,7 @@ from qlora.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+LOG_EVERY = 10  # steps, on a GPU
 PLAN = "plan.json"  # beside the checkpoints: how the run that wrote them was divided
 
 
@@ -208,7 +209,7 @@ def sft_config(recipe: Recipe, device: str, checkpoints: Path, has_eval: bool) -
         "save_total_limit": 2,
         "eval_strategy": "steps" if train.evaluate_every and has_eval else "no",
         "eval_steps": train.evaluate_every,
-        "logging_steps": train.log_every,
+        "logging_steps": train.log_every or (LOG_EVERY if device.startswith("cuda") else 1),
         "logging_nan_inf_filter": False,  # it waits for the GPU in every forward
         "include_num_input_tokens_seen": "no",
         "ddp_find_unused_parameters": False,
