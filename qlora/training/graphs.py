@@ -76,24 +76,29 @@ class _Recorded:
 
 
 class Graphs:
-    """Forwards with their backwards on one GPU, from recordings where there are any."""
+    """Forwards with their backwards, from recordings where there are any; on a CPU there are none."""
 
-    def __init__(self, run: Callable[[dict[str, Any]], torch.Tensor], parameters: Sequence[torch.nn.Parameter]) -> None:
-        """run: from inputs to a loss, of which every launch follows from the inputs' shapes alone."""
-        self._run, self._parameters = run, parameters
+    def __init__(
+        self,
+        run: Callable[[dict[str, Any]], torch.Tensor],
+        parameters: Sequence[torch.nn.Parameter],
+        device: torch.device,
+    ) -> None:
+        """run: from inputs on the device to a loss, of which every launch follows from the inputs' shapes alone."""
+        self._run, self._parameters, self._device = run, parameters, device
         self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
         self._recorded: dict[tuple[Any, ...], _Recorded | None] = {}
-        self._pool = torch.cuda.graph_pool_handle()
-        self._records = True
+        self._records = device.type == "cuda"
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._records else None
 
-    def __call__(self, inputs: dict[str, Any], device: torch.device) -> torch.Tensor:
+    def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss; gradients are added to those of the parameters, as `backward` does."""
         key = tuple(tuple(each.shape) if isinstance(each, torch.Tensor) else each for each in inputs.values())
         if key in self._recorded and self._recorded[key] is None and self._records:
-            self._recorded[key] = self._record(_on(inputs, device))
+            self._recorded[key] = self._record(self._on_device(inputs))
         recorded = self._recorded.setdefault(key, None)
         if recorded is None:
-            loss = self._run(_on(inputs, device))
+            loss = self._run(self._on_device(inputs))
             loss.backward()
             return loss.detach()
         held = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
@@ -122,10 +127,9 @@ class Graphs:
         tensors = {name: each for name, each in inputs.items() if isinstance(each, torch.Tensor)}
         return _Recorded(graph, tensors, loss.detach())
 
-
-def _on(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Tensors on the device; each a copy of its own, so that a recording may keep them."""
-    return {
-        name: each.to(device, non_blocking=True, copy=True) if isinstance(each, torch.Tensor) else each
-        for name, each in inputs.items()
-    }
+    def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Each tensor a copy of its own, so that a recording may keep it."""
+        return {
+            name: each.to(self._device, non_blocking=True, copy=True) if isinstance(each, torch.Tensor) else each
+            for name, each in inputs.items()
+        }

@@ -129,11 +129,16 @@ class Trainer(SFTTrainer):
             self.model.train()
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
         count = torch.as_tensor(num_items_in_batch, dtype=torch.int64)
-        return self._graphs(inputs | {"num_items_in_batch": count}, self.args.device)
+        return self._graphs(inputs | {"num_items_in_batch": count})
 
     @cached_property
     def _graphs(self) -> Graphs:
-        return Graphs(lambda inputs: self.model_wrapped(**inputs, use_cache=False).loss, self._learning)
+        def run(inputs: dict[str, Any]) -> torch.Tensor:
+            with self.compute_loss_context_manager():
+                loss: torch.Tensor = self.model_wrapped(**inputs, use_cache=False).loss
+            return loss
+
+        return Graphs(run, self._learning, self.args.device)
 
     @cached_property
     def _learning(self) -> list[torch.nn.Parameter]:

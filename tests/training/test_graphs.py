@@ -98,11 +98,11 @@ def test_recorded_passes_learn_the_same(dtype) -> None:
     steps = [batch_of(rows) for _ in range(3) for step in SCHEDULE.steps(0) for rows in step]
     filled = [batch | room.filled(batch) for batch in steps]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    graphs = Graphs(lambda inputs: model(**inputs, use_cache=False).loss, parameters)
+    graphs = Graphs(lambda inputs: model(**inputs, use_cache=False).loss, parameters, torch.device("cuda"))
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for start in range(0, len(filled), 3):  # three passes add up to a step
         losses, gradients = learned(model, forward_and_backward(model), filled[start : start + 3])
-        found, same = learned(model, lambda batch: graphs(batch, torch.device("cuda")), filled[start : start + 3])
+        found, same = learned(model, graphs, filled[start : start + 3])
         torch.testing.assert_close(found, losses, rtol=tolerance, atol=tolerance)
         for gradient, expected in zip(same, gradients, strict=True):
             assert (gradient - expected).norm() <= tolerance * expected.norm()
@@ -123,11 +123,11 @@ def test_what_a_graph_cannot_hold_runs_without(caplog) -> None:
         loss = model(**inputs, use_cache=False).loss
         return loss * (2 if loss.item() > 1e9 else 1)
 
-    graphs = Graphs(waits, [parameter for parameter in model.parameters() if parameter.requires_grad])
+    graphs = Graphs(waits, [each for each in model.parameters() if each.requires_grad], torch.device("cuda"))
     losses, gradients = learned(model, forward_and_backward(model), [batch])
     with caplog.at_level(logging.INFO):
         for _ in range(3):
-            found, same = learned(model, lambda batch: graphs(batch, torch.device("cuda")), [batch])
+            found, same = learned(model, graphs, [batch])
             torch.testing.assert_close(found, losses)
             torch.testing.assert_close(same, gradients, rtol=1e-4, atol=1e-6)
     assert caplog.text.count("without CUDA graphs") == 1

@@ -45,7 +45,7 @@ def losses(tiny_recipe, tiny_model, tmp_path):
             AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(directory)
             tokenizer.save_pretrained(directory)
         path = tiny_recipe(model={"base": str(directory)}, device=device, train={"learning_rate": 0.003})
-        run = Run(load_recipe(path, ("train.max_steps=40", *overrides)))
+        run = Run(load_recipe(path, ("train.max_steps=40", "train.log_every=1", *overrides)))
         trainer = build_trainer(
             run.recipe, run.base, run.tokenizer, run.train_rows.rows, [],
             device="cuda:0" if device == "cuda" else device, checkpoints=Path(tmp_path / "checkpoints"),

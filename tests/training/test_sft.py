@@ -15,23 +15,32 @@ from qlora.evaluation.generation import generate
 from qlora.models.loading import load_base
 from qlora.recipe_file import load_recipe
 from qlora.stages import Run
+from qlora.training import sft
 from qlora.training.plan import rows_per_step
 from qlora.training.sft import build_trainer
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")],
+    ),
+]
 
 
 @pytest.fixture
 def trainer_of(tiny_recipe, tmp_path):
     """`trainer_of(*overrides)`: the trainer that a recipe builds, and its run."""
 
-    def build(*overrides: str):
-        run = Run(load_recipe(tiny_recipe(), overrides))
+    def build(*overrides: str, device: str = "cpu"):
+        run = Run(load_recipe(tiny_recipe(device=device), overrides))
         trainer = build_trainer(
             run.recipe,
             run.base,
             run.tokenizer,
             run.train_rows.rows,
             run.eval_rows.rows,
-            device="cpu",
+            device="cuda:0" if device == "cuda" else device,
             checkpoints=tmp_path / "checkpoints",
         )
         return trainer, run
@@ -157,6 +166,30 @@ def test_when_memory_runs_out_forwards_get_shorter_and_gradients_stay_the_same(t
     assert trainer.most_tokens <= tokens / 2
     for gradient, expected in zip(same, gradients, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("forwards", [1, 2])
+def test_recorded_passes_train_the_same_adapter(trainer_of, monkeypatch, device, forwards):
+    """Batches are filled up and, on a GPU, replayed; the CPU runs what would be recorded."""
+    found = []
+    for recorded in (False, True):
+        monkeypatch.setattr(sft, "_can_be_recorded", lambda *_, recorded=recorded: recorded)
+        tokens = 10**6 if forwards == 1 else 60
+        options = ("model.compute_dtype=float32", "train.max_steps=12", "train.log_every=1", "train.batch_size=4")
+        torch.manual_seed(0)
+        trainer, _ = trainer_of(*options, f"train.micro_batch_tokens={tokens}", device=device)
+        assert (trainer.room is not None) == recorded and trainer.plan.schedule.forwards >= forwards
+        trainer.train()
+        losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+        adapter = [p.detach().float().cpu() for p in trainer.model.parameters() if p.requires_grad]
+        found.append((losses, adapter))
+    (losses, adapter), (same, others) = found
+    assert len(losses) == 12
+    torch.testing.assert_close(same, losses, rtol=1e-3, atol=1e-3)
+    moved = torch.cat([each.flatten() for each in adapter]).norm()
+    apart = torch.cat([(one - other).flatten() for one, other in zip(adapter, others, strict=True)]).norm()
+    assert apart < 0.02 * moved
 
 
 def test_a_row_that_memory_cannot_hold_is_named(trainer_of, monkeypatch):
