@@ -89,16 +89,18 @@ class Report(TrainerCallback):
         self.reporter.log(entry, state.global_step)
         speed = [f"{entry['tokens_per_second']:,.0f} tok/s"] if "tokens_per_second" in entry else []
         speed += [f"{entry['mfu']:.0%} MFU"] if "mfu" in entry else []
+        speed += [f"{entry['padding']:.0%} padding"] if entry.get("padding") else []
         text = " · ".join([f"loss {logs['loss']:.3f}", *speed, f"{memory:.1f} GiB"])
         self.reporter.progress(state.global_step, state.max_steps, text)
 
     def _speed(self, step: int) -> dict[str, float]:
-        """Tokens per second, and the share of the device's peak that 4 N FLOPs for each of them are."""
+        """Tokens per second, the share of padding, and the share of the peak that 4 N FLOPs for a token are."""
         if self._first is None or step <= self._first[0]:
             return {}
         first, ended = self._first
-        rate = (self._work[step][0] - self._work[first][0]) / max(time.monotonic() - ended, 1e-9)
-        found = {"tokens_per_second": round(rate, 1)}
+        tokens, positions = (now - then for now, then in zip(self._work[step], self._work[first], strict=True))
+        rate = tokens / max(time.monotonic() - ended, 1e-9)
+        found = {"tokens_per_second": round(rate, 1), "padding": round(1 - tokens / positions, 4)}
         if self.plan.peak_flops is not None:
             found["mfu"] = round(rate * self.plan.flops_per_token / self.plan.peak_flops, 4)
         return found
