@@ -3,7 +3,7 @@
     python scripts/bench/cards.py --out DIR [--cards 8,12,16,24,48,80] [--models llama-3.2-1b,llama-3.1-8b,llama-2-13b]
         [--formula]
 
-For each card and model, from the longest row down, the first that the plan says will fit is trained for a few steps,
+For each card and model, from the longest row down, the first that the plan says will fit is trained for three steps,
 one row a step, with torch held to the memory of that card less what the driver and a desktop take. Weights are random,
 rank is 16 on all linear layers. With --formula nothing is trained. Prints a Markdown table and writes DIR/cards.json.
 """
@@ -72,7 +72,7 @@ def fits(plan: TrainingPlan) -> bool:
 def measured(arguments: argparse.Namespace, model: str, card: int, length: int) -> dict[str, Any]:
     out = arguments.out / f"{model}-{card}"
     options = ["--out", out, "--work", arguments.work, "--shape", model, "--length", length, "--micro-batch", 1]
-    options += ["--steps", 6, "--engines", "ours", "--checkpointing", "auto", "--gpu-memory", USABLE * card]
+    options += ["--steps", 3, "--engines", "ours", "--checkpointing", "auto", "--gpu-memory", USABLE * card]
     train(list(map(str, options)))
     result: dict[str, Any] = json.loads((out / "train.json").read_text())["rows"][0]
     return {key: result[key] for key in ("tokens_per_second", "allocated", "reserved", "error") if key in result}

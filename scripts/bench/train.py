@@ -8,11 +8,11 @@
 
 With --shape, a random-weight checkpoint is written to --work (once). Rows are random tokens of one length, or those of
 a JSONL file (GSM8K's columns, or any format a recipe takes), rendered as in training. Adapters are on all linear
-layers. A line of the table is a process of its own. Seconds are the median of the steps after the fourth, on the GPU's
-clock; tokens are real ones, memory is the peak from the first step on, "by formula" what our plan expects of it. Peers
-take --micro-batch rows a forward, padded; ours as many tokens with checkpointing on or off, and what it plans with
-auto. Loss and gradient norm are logged every fifth step; a run whose gradient norm is zero then is a failure: it did
-not train.
+layers. A line of the table is a process of its own. Seconds are the median of the steps after the fourth (or the last,
+if there are fewer), on the GPU's clock; tokens are real ones, memory is the peak from the first step on, "by formula"
+what our plan expects of it. Peers take --micro-batch rows a forward, padded; ours as many tokens with checkpointing on
+or off, and what it plans with auto. Loss and gradient norm are logged every fifth step; a run whose gradient norm is
+zero then is a failure: it did not train.
 """
 
 from __future__ import annotations
@@ -151,12 +151,13 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     tokens = sum(len(row["input_ids"]) for row in token_rows(job))
     positions = plan.schedule.work(job["steps"])[-1][1] if plan else padded_positions(job)
     return {
-        "tokens_per_second": tokens / job["steps"] / statistics.median(times[WARM_UP:]),
+        "tokens_per_second": tokens / job["steps"] / statistics.median(times[min(WARM_UP, len(times) - 1) :]),
         "share": tokens / positions,
         "step_seconds": times,
         "allocated": torch.cuda.max_memory_allocated() / GIB if on_gpu else host_peak_gib(),
         "reserved": torch.cuda.max_memory_reserved() / GIB if on_gpu else 0.0,
         "expected": sum(plan.parts.values()) / GIB if plan else None,
+        "parts": plan.parts if plan else None,
         "plan": plan.text if plan else None,
         "losses": [entry["loss"] for entry in logs],
         "grad_norms": [float(entry["grad_norm"]) for entry in logs],
@@ -218,7 +219,7 @@ def ours(job: dict[str, Any]) -> Any:
             "scheduler": "constant",
             "learning_rate": 1e-4,
             "checkpoint_every": 10**6,
-            "log_every": LOG_EVERY,
+            "log_every": min(LOG_EVERY, job["steps"]),
         },
     }
     if job["checkpointing"] != "auto":
@@ -250,7 +251,7 @@ def _sft_config(job: dict[str, Any], checkpointing: bool) -> Any:
         per_device_train_batch_size=job["micro_batch"],
         gradient_accumulation_steps=job["rows_per_step"] // job["micro_batch"],
         max_steps=job["steps"],
-        logging_steps=LOG_EVERY,
+        logging_steps=min(LOG_EVERY, job["steps"]),
         report_to=[],
         bf16=True,
         max_length=job["length"],
