@@ -31,8 +31,8 @@ except ImportError:  # CPU builds of torch come without Triton
 Activation = Literal["silu", "gelu_tanh"]
 # Tokens and columns that a program holds at a time.
 TILE = (32, 64)
-# Ranks that a tile can be multiplied with in registers; of larger ones, adapters have passes of their own.
-MOST_RANKS = 64
+# Of the row of an adapter that a tile can be multiplied with in registers; larger ones have passes of their own.
+MOST_RANK_BYTES = 128
 # Programs of a backward, at least; tokens are divided among them.
 PROGRAMS = 1024
 
@@ -167,7 +167,7 @@ def _activation(x: torch.Tensor, activation: Activation) -> tuple[torch.Tensor, 
 def _adds(x: torch.Tensor, copies: Sequence[Copies]) -> bool:
     """Whether the kernels add what adapters add."""
     ranks = [up.shape[1] for some in copies for up in some.ups]
-    return x.is_cuda and triton is not None and max(ranks) <= MOST_RANKS
+    return x.is_cuda and triton is not None and max(ranks) * x.element_size() <= MOST_RANK_BYTES
 
 
 def _gated_with_triton(

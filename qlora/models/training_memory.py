@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from qlora.kernels.gated_mlp import MOST_RANKS
+from qlora.kernels.gated_mlp import MOST_RANK_BYTES
 from qlora.models.resources import (
     BYTES,
     CUDA_CONTEXT,
@@ -154,7 +154,8 @@ class Trained:
         """What the backward of a feed-forward block holds per token, beside what was kept for it."""
         if not self.fused:
             return 0  # the plain path's layers are counted with all that they hold
-        gradients = 1 if self.recipe.lora.r <= MOST_RANKS else 4  # others take the place of what was kept
+        # Others take the place of what was kept.
+        gradients = 1 if self.recipe.lora.r * self.itemsize <= MOST_RANK_BYTES else 4
         return self.itemsize * (gradients * self.shapes.feed_forward_size + 2 * self.shapes.hidden_size)
 
     def _head_bytes(self, tokens: int) -> int:
