@@ -13,14 +13,14 @@ Shapes: T tokens, K inputs, F width of the block, R ranks of gate and up togethe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
 
 from qlora.kernels import lora_linears
-from qlora.kernels.lora_linears import Copies, FrozenLinear, Source, made_again, unpacked
+from qlora.kernels.lora_linears import Copies, FrozenLinear, Source, kept_input
 
 try:
     import triton
@@ -67,7 +67,7 @@ def gated_mlp(
         plain = [matrix.detach() for matrix in matrices]
         first, last = Copies.of(plain[:4], linears[:2], x_TK.dtype), Copies.of(plain[4:], linears[2:], x_TK.dtype)
         copies = first, last
-    return _GatedMlp.apply(x_TK, linears, activation, copies, *unpacked(source), *matrices)
+    return _GatedMlp.apply(x_TK, linears, activation, copies, source, *matrices)
 
 
 class _GatedMlp(torch.autograd.Function):
@@ -78,8 +78,7 @@ class _GatedMlp(torch.autograd.Function):
         linears: tuple[FrozenLinear, FrozenLinear, FrozenLinear],
         activation: Activation,
         copies: tuple[Copies, Copies],
-        origin: torch.Tensor | None,
-        make: Callable[[torch.Tensor], torch.Tensor] | None,
+        source: Source | None,
         *matrices: torch.Tensor,
     ) -> torch.Tensor:
         first, last = copies
@@ -91,9 +90,9 @@ class _GatedMlp(torch.autograd.Function):
             lora_linears.add_adapters_((gate_TF, up_TF), inner_TR, first)
             hidden_TF = gated(gate_TF, up_TF, activation)
         inner_Tr = hidden_TF @ last.down_RK.T
-        ctx.save_for_backward(x_TK if origin is None else origin, gate_TF, up_TF, inner_TR, inner_Tr)
+        ctx.save_for_backward(gate_TF, up_TF, inner_TR, inner_Tr, *kept_input(x_TK, source))
         ctx.linears, ctx.activation, ctx.copies = linears, activation, copies
-        ctx.make, ctx.dtype, ctx.spent = make, matrices[0].dtype, False
+        ctx.dtype, ctx.spent = matrices[0].dtype, False
         if _for_backward_alone:
             return x_TK.new_full((1, 1), math.nan).expand(len(x_TK), linears[2].weight.shape[0])
         (output_TK,) = lora_linears.products(hidden_TF, linears[2:])
@@ -105,7 +104,7 @@ class _GatedMlp(torch.autograd.Function):
         if ctx.spent:
             raise RuntimeError("a gated block goes backwards once: its gradients take the place of what was kept")
         ctx.spent = True
-        origin, gate_TF, up_TF, inner_TR, inner_Tr = ctx.saved_tensors
+        gate_TF, up_TF, inner_TR, inner_Tr, *kept = ctx.saved_tensors
         linears, activation, (first, last), dtype = ctx.linears, ctx.activation, ctx.copies, ctx.dtype
         u_Tr = lora_linears.into_ranks(grads, last)
         of_last_up = lora_linears.gradients_of_ups(grads, inner_Tr, linears[2:], last, dtype)
@@ -119,7 +118,7 @@ class _GatedMlp(torch.autograd.Function):
         else:
             grad_TF = lora_linears.gradient_of_input(grads, u_Tr, linears[2:], last)
             hidden_TF = gated(gate_TF, up_TF, activation)
-            (of_last_down,) = lora_linears.gradients_of_downs(u_Tr, hidden_TF, last, dtype)
+            (of_last_down,) = lora_linears.gradients_of_downs(u_Tr, [hidden_TF], last, dtype)
             del hidden_TF
             grads_TF = gated_gradients(gate_TF, up_TF, grad_TF, activation)
             of_ups = lora_linears.gradients_of_ups(grads_TF, inner_TR, linears[:2], first, dtype)
@@ -128,10 +127,9 @@ class _GatedMlp(torch.autograd.Function):
         grad_x_TK = None
         if ctx.needs_input_grad[0]:
             grad_x_TK = lora_linears.gradient_of_input(grads_TF, u_TR, linears[:2], first)
-        x_TK = made_again(origin, ctx.make, first)
-        of_downs = lora_linears.gradients_of_downs(u_TR, x_TK, first, dtype)
+        of_downs = lora_linears.gradients_of_downs(u_TR, kept, first, dtype)
         of_matrices = lora_linears.in_pairs([*of_downs, of_last_down], [*of_ups, *of_last_up])
-        return grad_x_TK, None, None, None, None, None, *of_matrices
+        return grad_x_TK, None, None, None, None, *of_matrices
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -8,14 +8,15 @@ With u = [s_i·dy_i·B_i] and A = [A_i], both side by side over all i,
 
 so that the backward needs x, the parameters, and x·Aᵀ, which is small and kept; 4-bit weights are dequantized again,
 into one buffer for all of them. Products are in the dtype of x; gradients of adapters come out of them in fp32 where
-the GPU can.
+the GPU can. Where x is a norm of something that is kept anyway, x = σ·z·g by rows and columns, it is not made again:
+dA = ((uσ)ᵀ·z)·g.
 
 Shapes: T tokens, K inputs, N outputs, R ranks of all adapters together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -39,11 +40,13 @@ class FrozenLinear:
 
 @dataclass(frozen=True)
 class Source:
-    """What x can be made of again, in place of which it need not be kept: a norm's input, which is kept anyway."""
+    """What x is a norm of, in place of which it need not be kept: x = tensor · share · gain."""
 
     tensor: torch.Tensor
-    make: Callable[[torch.Tensor], torch.Tensor]
-    """From `tensor` to x, of any shape with as many elements."""
+    """[..., K], of as many elements as x."""
+    share: torch.Tensor
+    """[...], fp32 or better."""
+    gain_K: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def lora_linears(
     """
     matrices = [matrix for pair in adapters for matrix in pair]
     copies = copies or Copies.of([matrix.detach() for matrix in matrices], linears, x_TK.dtype)
-    return _LoraLinears.apply(x_TK, tuple(linears), copies, *unpacked(source), *matrices)
+    return _LoraLinears.apply(x_TK, tuple(linears), copies, source, *matrices)
 
 
 class _LoraLinears(torch.autograd.Function):
@@ -92,40 +95,32 @@ class _LoraLinears(torch.autograd.Function):
         x_TK: torch.Tensor,
         linears: tuple[FrozenLinear, ...],
         copies: Copies,
-        origin: torch.Tensor | None,
-        make: Callable[[torch.Tensor], torch.Tensor] | None,
+        source: Source | None,
         *matrices: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
         inner_TR = x_TK @ copies.down_RK.T
-        ctx.save_for_backward(x_TK if origin is None else origin, inner_TR)
-        ctx.linears, ctx.copies, ctx.make, ctx.dtype = linears, copies, make, matrices[0].dtype
+        ctx.save_for_backward(inner_TR, *kept_input(x_TK, source))
+        ctx.linears, ctx.copies, ctx.dtype = linears, copies, matrices[0].dtype
         outputs = products(x_TK, linears)
         add_adapters_(outputs, inner_TR, copies)
         return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        origin, inner_TR = ctx.saved_tensors
+        inner_TR, *kept = ctx.saved_tensors
         linears, copies = ctx.linears, ctx.copies
         u_TR = into_ranks(grads, copies)
         of_ups = gradients_of_ups(grads, inner_TR, linears, copies, ctx.dtype)
         grad_x_TK = gradient_of_input(grads, u_TR, linears, copies) if ctx.needs_input_grad[0] else None
-        of_downs = gradients_of_downs(u_TR, made_again(origin, ctx.make, copies), copies, ctx.dtype)
-        return grad_x_TK, None, None, None, None, *in_pairs(of_downs, of_ups)
+        of_downs = gradients_of_downs(u_TR, kept, copies, ctx.dtype)
+        return grad_x_TK, None, None, None, *in_pairs(of_downs, of_ups)
 
 
-def unpacked(
-    source: Source | None,
-) -> tuple[torch.Tensor | None, Callable[[torch.Tensor], torch.Tensor] | None]:
-    """A source as an autograd function takes it; it has no part in the gradient, which flows through x."""
-    return (None, None) if source is None else (source.tensor.detach(), source.make)
-
-
-def made_again(
-    origin: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor] | None, copies: Copies
-) -> torch.Tensor:
-    """x [T, K], from what was kept."""
-    return origin if make is None else make(origin).reshape(-1, copies.down_RK.shape[1])
+def kept_input(x_TK: torch.Tensor, source: Source | None) -> list[torch.Tensor]:
+    """What `gradients_of_downs` wants of x: itself, or its source, which has no part in the gradient of x."""
+    if source is None:
+        return [x_TK]
+    return [source.tensor.detach().reshape(x_TK.shape), source.share.detach().reshape(-1), source.gain_K.detach()]
 
 
 def products(x_TK: torch.Tensor, linears: Sequence[FrozenLinear]) -> list[torch.Tensor]:
@@ -175,10 +170,15 @@ def gradient_of_input(
 
 
 def gradients_of_downs(
-    u_TR: torch.Tensor, x_TK: torch.Tensor, copies: Copies, dtype: torch.dtype
+    u_TR: torch.Tensor, kept: Sequence[torch.Tensor], copies: Copies, dtype: torch.dtype
 ) -> tuple[torch.Tensor, ...]:
-    """dA_i in `dtype`."""
-    return product(u_TR.T, x_TK, dtype).split([up.shape[1] for up in copies.ups])
+    """dA_i in `dtype`, from what `kept_input` gave."""
+    x_TK, *norm = kept
+    if norm:
+        share_T, gain_K = norm
+        u_TR = (u_TR * share_T[:, None]).to(u_TR.dtype)
+    found_RK = product(u_TR.T, x_TK, dtype)
+    return (found_RK.mul_(gain_K) if norm else found_RK).split([up.shape[1] for up in copies.ups])
 
 
 def in_pairs(of_downs: Sequence[torch.Tensor], of_ups: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import types
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ except ImportError:  # CPU builds of torch come without Triton
     triton = None
 
 SOURCE = "qlora_source"
-"""Attribute of a norm's output: what it was made of (`lora_linears.Source`)."""
+"""Attribute of a norm's output: what it is a norm of (`lora_linears.Source`)."""
 
 
 @dataclass(frozen=True)
@@ -47,17 +46,19 @@ class RmsNorm:
         return rms_norm(x, (x.shape[-1],), self.gain_D(norm), self.epsilon)
 
     def noting_source(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
-        """The same, and on the output what it can be made of again."""
+        """The same, and on the output what it is a norm of, for a backward."""
         output = self.forward(norm, x)
-        setattr(output, SOURCE, Source(x, partial(self.forward, norm)))
+        if torch.is_grad_enabled():
+            setattr(output, SOURCE, Source(x, _share(x.detach(), self.epsilon), self.gain_D(norm)))
         return output
 
     def after_adding(
         self, norm: Any, x: torch.Tensor, delta: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(x + delta, its norm with what that can be made of again), x itself without a delta."""
-        total, normed = add_norm(x, delta, self.gain_D(norm), self.epsilon)
-        setattr(normed, SOURCE, Source(total, partial(self.forward, norm)))
+        """(x + delta, its norm with what that is a norm of), x itself without a delta."""
+        gain_D = self.gain_D(norm)
+        total, normed, share = _AddNorm.apply(x, delta, gain_D, self.epsilon)
+        setattr(normed, SOURCE, Source(total, share, gain_D))
         return total, normed
 
 
@@ -87,7 +88,7 @@ def recognized(norm: nn.Module, device: str) -> RmsNorm | None:
 def fuse_rms_norms(module: nn.Module, *, device: str = "cuda", note_source: bool = False) -> int:
     """Give the RMS norms inside PyTorch's kernel for a forward; returns how many.
 
-    Whatever else a module does, it keeps its own forward. note_source: outputs say what they can be made of again.
+    Whatever else a module does, it keeps its own forward. note_source: outputs say what they are norms of.
     """
     fused = 0
     for norm in module.modules():
@@ -104,66 +105,74 @@ def add_norm(
     x: torch.Tensor, delta: torch.Tensor | None, gain_D: torch.Tensor, epsilon: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(x + delta, the norm of that), [..., D] in the dtype of x; the gain must not require a gradient."""
-    assert not gain_D.requires_grad, "a gain that learns has a gradient of its own"
-    return _AddNorm.apply(x, delta, gain_D, epsilon)
+    total, normed, _ = _AddNorm.apply(x, delta, gain_D, epsilon)
+    return total, normed
 
 
 class _AddNorm(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, delta: torch.Tensor | None, gain_D: torch.Tensor, epsilon: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        assert not gain_D.requires_grad, "a gain that learns has a gradient of its own"
         ctx.set_materialize_grads(False)
-        ctx.adds, ctx.epsilon = delta is not None, epsilon
+        ctx.adds = delta is not None
         if x.is_cuda and triton is not None:
-            total, normed = _add_norm_with_triton(x, delta, gain_D, epsilon)
+            total, normed, share = _add_norm_with_triton(x, delta, gain_D, epsilon)
         else:
             total = x if delta is None else x + delta
-            normed = rms_norm(total, (total.shape[-1],), gain_D, epsilon)
-        ctx.save_for_backward(total, gain_D)
-        return total, normed
+            normed, share = rms_norm(total, (total.shape[-1],), gain_D, epsilon), _share(total, epsilon)
+        ctx.save_for_backward(total, share, gain_D)
+        ctx.mark_non_differentiable(share)
+        return total, normed, share
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        total, gain_D = ctx.saved_tensors
-        beside, of_normed = grads
+        total, share, gain_D = ctx.saved_tensors
+        beside, of_normed, _ = grads
         if of_normed is None:
             found = beside
         elif total.is_cuda and triton is not None:
-            found = _norm_gradient_with_triton(total, gain_D, of_normed, beside, ctx.epsilon)
+            found = _norm_gradient_with_triton(total, share, gain_D, of_normed, beside)
         else:
-            found = norm_gradient(total, gain_D, of_normed, ctx.epsilon)
+            found = norm_gradient(total, share, gain_D, of_normed)
             found = found if beside is None else beside + found
         return found, found if ctx.adds else None, None, None
 
 
-def norm_gradient(x: torch.Tensor, gain_D: torch.Tensor, grad: torch.Tensor, epsilon: float) -> torch.Tensor:
-    """dx of a norm, computed in fp32 or better, in the dtype of x."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    share = torch.rsqrt(x.to(wide).square().mean(-1, keepdim=True) + epsilon)
+def _share(x: torch.Tensor, epsilon: float) -> torch.Tensor:
+    """1 / √(mean(x²) + ε) of [..., D], in fp32 or better."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return torch.rsqrt(torch.linalg.vector_norm(x, dim=-1, dtype=wide).square() / x.shape[-1] + epsilon)
+
+
+def norm_gradient(x: torch.Tensor, share: torch.Tensor, gain_D: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
+    """dx of the norm x · share · gain, computed in the dtype of `share`, in the dtype of x."""
+    wide, share = share.dtype, share[..., None]
     unit, g = x.to(wide) * share, grad.to(wide) * gain_D.to(wide)
     return (share * (g - unit * (unit * g).mean(-1, keepdim=True))).to(x.dtype)
 
 
 def _add_norm_with_triton(
     x: torch.Tensor, delta: torch.Tensor | None, gain_D: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     x = x.contiguous()
     total, normed = x if delta is None else torch.empty_like(x), torch.empty_like(x)
+    share = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     width = x.shape[-1]
     _add_norm_kernel[(x.numel() // width,)](
-        x, x if delta is None else delta.contiguous(), gain_D, total, normed, epsilon,
+        x, x if delta is None else delta.contiguous(), gain_D, total, normed, share, epsilon,
         ADDS=delta is not None, WIDTH=width, ROOM=triton.next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
-    return total, normed
+    return total, normed, share
 
 
 def _norm_gradient_with_triton(
-    x: torch.Tensor, gain_D: torch.Tensor, grad: torch.Tensor, beside: torch.Tensor | None, epsilon: float
+    x: torch.Tensor, share: torch.Tensor, gain_D: torch.Tensor, grad: torch.Tensor, beside: torch.Tensor | None
 ) -> torch.Tensor:
     out, width = torch.empty_like(x), x.shape[-1]
     _norm_gradient_kernel[(x.numel() // width,)](
-        x, gain_D, grad.contiguous(), grad if beside is None else beside.contiguous(), out, epsilon,
+        x, share, gain_D, grad.contiguous(), grad if beside is None else beside.contiguous(), out,
         ADDS=beside is not None, WIDTH=width, ROOM=triton.next_power_of_2(width), num_warps=_warps(width),
     )  # fmt: skip
     return out
@@ -178,7 +187,7 @@ if triton is not None:
 
     @triton.jit
     def _add_norm_kernel(
-        x_ptr, delta_ptr, gain_ptr, total_ptr, normed_ptr, epsilon,
+        x_ptr, delta_ptr, gain_ptr, total_ptr, normed_ptr, share_ptr, epsilon,
         ADDS: tl.constexpr, WIDTH: tl.constexpr, ROOM: tl.constexpr,
     ):  # fmt: skip
         """One program per token."""
@@ -192,12 +201,13 @@ if triton is not None:
             tl.store(total_ptr + at, x, mask=inside)
         x = x.to(tl.float32)
         share = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + epsilon)
+        tl.store(share_ptr + tl.program_id(0), share)
         gain = tl.load(gain_ptr + column, mask=inside, other=0.0).to(tl.float32)
         tl.store(normed_ptr + at, (x * share * gain).to(normed_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _norm_gradient_kernel(
-        x_ptr, gain_ptr, grad_ptr, beside_ptr, out_ptr, epsilon,
+        x_ptr, share_ptr, gain_ptr, grad_ptr, beside_ptr, out_ptr,
         ADDS: tl.constexpr, WIDTH: tl.constexpr, ROOM: tl.constexpr,
     ):  # fmt: skip
         """One program per token."""
@@ -207,7 +217,7 @@ if triton is not None:
         x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
         gain = tl.load(gain_ptr + column, mask=inside, other=0.0).to(tl.float32)
         g = tl.load(grad_ptr + at, mask=inside, other=0.0).to(tl.float32) * gain
-        share = tl.rsqrt(tl.sum(x * x, axis=0) / WIDTH + epsilon)
+        share = tl.load(share_ptr + tl.program_id(0))
         unit = x * share
         found = share * (g - unit * (tl.sum(unit * g, axis=0) / WIDTH))
         if ADDS:

@@ -87,9 +87,11 @@ def allow_packed(model: PreTrainedModel) -> str | None:
     if model.config._attn_implementation != "sdpa":
         return f"attention is {model.config._attn_implementation}, not sdpa"
     AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
-    hook = model.register_forward_pre_hook(_note_packing, with_kwargs=True)
+    # Whoever calls the model in whatever way goes through its decoder.
+    decoder: nn.Module = getattr(model, model.base_model_prefix)
+    hook = decoder.register_forward_pre_hook(_without_mask, with_kwargs=True)
     if _packs_exactly(model):
         return None
     hook.remove()
@@ -121,17 +123,11 @@ def _packs_exactly(model: PreTrainedModel) -> bool:
     return bool(difference < LEAK)
 
 
-_packed = False
-
-
-def _note_packing(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-    """Masks are made where nobody says whether the batch is packed."""
-    global _packed
-    _packed = kwargs.get("cu_seq_lens_q") is not None
-
-
-def _mask(*args: Any, **kwargs: Any) -> torch.Tensor | None:
-    return None if _packed else sdpa_mask(*args, **kwargs)
+def _without_mask(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
+    """Give a packed batch a mask that nobody reads: without one, transformers looks for rows, and waits for the GPU."""
+    if kwargs.get("cu_seq_lens_q") is None or kwargs.get("attention_mask") is not None:
+        return None
+    return args, kwargs | {"attention_mask": torch.empty(1, 1, 1, 0, dtype=torch.bool)}
 
 
 def _attention(
@@ -161,9 +157,9 @@ def _attention(
         return _like_rows(query, key, value, rows, scaling), None
     attend = _by_kernel if query.is_cuda and query.dtype != torch.float32 else _row_by_row
     output_THD = attend(
-        query[0].transpose(0, 1),
-        key[0].transpose(0, 1),
-        value[0].transpose(0, 1),
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
         cu_seq_lens_q,
         max_length_q,
         scaling,
@@ -176,7 +172,7 @@ def _like_rows(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rows: int, scaling: float | None
 ) -> torch.Tensor:
     """[1, H, T, D] → [1, T, H, D] of rows of one length: a batch of them, to the fastest kernel that takes it."""
-    query, key, value = (x[0].unflatten(1, (rows, -1)).transpose(0, 1) for x in (query, key, value))
+    query, key, value = (x.squeeze(0).unflatten(1, (rows, -1)).transpose(0, 1) for x in (query, key, value))
     with sdpa_kernel(FASTEST_FIRST, set_priority=True):
         output = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
     return output.transpose(1, 2).flatten(0, 1)[None]

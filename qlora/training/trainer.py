@@ -92,6 +92,21 @@ class Trainer(SFTTrainer):
             batch = {key: value for key, value in batch.items() if key not in HEAD_INPUTS}
         return batch | {ROWS: rows}
 
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, torch.Tensor | int | None]:
+        """The batches of a step, and how many tokens are predicted in it, on the device without waiting for it."""
+        if self.args.world_size > 1 or device.type != "cuda":
+            return super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches, count = super().get_batch_samples(epoch_iterator, num_batches, torch.device("cpu"))
+        return batches, self._prepare_input(torch.as_tensor(count).pin_memory()) if count is not None else None
+
+    def _prepare_input(self, data: Any) -> Any:
+        """On the device; pinned memory without waiting for what the device still has to do."""
+        if isinstance(data, torch.Tensor) and data.is_pinned():
+            return data.to(self.args.device, non_blocking=True)
+        return super()._prepare_input(data)
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch
 from bitsandbytes.nn import Params4bit
 
 from qlora.kernels.four_bit import FourBitWeight, dequantize
-from qlora.kernels.lora_linears import FrozenLinear, lora_linears
+from qlora.kernels.lora_linears import FrozenLinear, Source, lora_linears
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CASES = [
@@ -82,5 +82,29 @@ def test_beside_the_input_only_ranks_are_kept():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t), lambda t: t):
         lora_linears(leaves[0], linears, list(zip(leaves[1::2], leaves[2::2], strict=True)))
-    assert [t.data_ptr() for t in kept[:1]] == [leaves[0].data_ptr()]
-    assert [tuple(t.shape) for t in kept[1:]] == [(TOKENS, sum(rank for _, rank, _ in GROUPS["three"]))]
+    assert [t.data_ptr() for t in kept[1:]] == [leaves[0].data_ptr()]
+    assert [tuple(t.shape) for t in kept[:1]] == [(TOKENS, sum(rank for _, rank, _ in GROUPS["three"]))]
+
+
+@pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16])
+def test_in_place_of_an_input_what_it_is_a_norm_of(device, dtype, tolerance, adapter_dtype):
+    """The gradients of adapters are those of float64, and no tensor of the input's size is kept beside its source."""
+    origin, linears, adapters, upstream = problem("three", device, dtype, False, False)
+    gain = torch.linspace(0.5, 2, origin.shape[1], device=device, dtype=dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    share = 1 / origin.to(wide).square().mean(-1).sqrt()
+    x = (origin.to(wide) * share[:, None] * gain.to(wide)).to(dtype)
+    _, expected_grads = reference(x, linears, adapters, upstream)
+    precise = torch.float64 if dtype == torch.float64 else adapter_dtype
+    if precise == torch.bfloat16:
+        tolerance = max(tolerance, 1e-2)
+    leaves = [matrix.to(precise).requires_grad_() for pair in adapters for matrix in pair]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        pairs = list(zip(leaves[::2], leaves[1::2], strict=True))
+        outputs = lora_linears(x.requires_grad_(), linears, pairs, Source(origin, share, gain))
+    assert [t.data_ptr() for t in kept if t.shape == x.shape] == [origin.data_ptr()]
+    torch.autograd.backward(outputs, upstream)
+    for leaf, wanted in zip(leaves, expected_grads[1:], strict=True):
+        assert leaf.grad.dtype == precise and (leaf.grad.double() - wanted).norm() <= tolerance * wanted.norm()

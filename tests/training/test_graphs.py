@@ -92,8 +92,9 @@ def test_an_epoch_has_few_sizes() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_recorded_passes_learn_the_same(dtype) -> None:
+@pytest.mark.parametrize(("dtype", "recorded"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_recorded_passes_learn_the_same(dtype, recorded) -> None:
+    """In fp32 attention goes row by row, which no graph can hold."""
     model, room = model_of("cuda", dtype), Room.of(SCHEDULE)
     steps = [batch_of(rows) for _ in range(3) for step in SCHEDULE.steps(0) for rows in step]
     filled = [batch | room.filled(batch) for batch in steps]
@@ -109,7 +110,8 @@ def test_recorded_passes_learn_the_same(dtype) -> None:
         with torch.no_grad():  # adapters change between steps
             for parameter in parameters:
                 parameter += 0.01 * torch.randn_like(parameter)
-    assert sum(each is not None for each in graphs._recorded.values()) >= 3
+    count = sum(each is not None for each in graphs._recorded.values())
+    assert count >= 3 if recorded else count == 0
 
 
 @pytest.mark.gpu

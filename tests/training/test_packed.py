@@ -3,7 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from qlora.training import packed
 from qlora.training.packed import allow_packed, pack
@@ -107,14 +107,18 @@ def test_rows_of_one_length_are_a_batch_of_them(lengths):
 
 @pytest.mark.parametrize("adapted", [False, True])
 def test_no_mask_is_made_of_packed_rows(monkeypatch, adapted):
-    """PEFT calls the forward of what it wraps, and not the module."""
+    """Nor looked for, which would wait for a GPU. PEFT calls the forward of what it wraps, and not the module."""
     model = model_of("llama")
     assert allow_packed(model) is None
     if adapted:
         model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
-    asked = []
-    monkeypatch.setattr(packed, "sdpa_mask", lambda *args, **kwargs: asked.append(1))
+    looked, masks = [], []
+    find = masking_utils.find_packed_sequence_indices
+    monkeypatch.setattr(masking_utils, "find_packed_sequence_indices", lambda ids: looked.append(1) or find(ids))
+    for module in model.modules():
+        if type(module).__name__ == "LlamaAttention":
+            module.register_forward_pre_hook(lambda _, args, kw: masks.append(kw["attention_mask"]), with_kwargs=True)
     model(**pack(some_rows()))
-    assert not asked
+    assert not looked and len(masks) == 2 and not any(mask.numel() for mask in masks)
     model(input_ids=torch.tensor([[1, 2, 3]]), attention_mask=torch.tensor([[1, 1, 0]]))
-    assert asked
+    assert masks[-1].shape == (1, 1, 3, 3) and not masks[-1].all()

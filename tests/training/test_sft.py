@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from qlora.artifacts import read_json
 from qlora.errors import UserError, WillNotFit
@@ -190,6 +191,31 @@ def test_recorded_passes_train_the_same_adapter(trainer_of, monkeypatch, device,
     moved = torch.cat([each.flatten() for each in adapter]).norm()
     apart = torch.cat([(one - other).flatten() for one, other in zip(adapter, others, strict=True)]).norm()
     assert apart < 0.02 * moved
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("recorded", [False, True])
+def test_steps_wait_for_nothing(trainer_of, monkeypatch, recorded):
+    """Between two log lines the host is ahead of the GPU: whatever waits for it raises."""
+    monkeypatch.setattr(sft, "_can_be_recorded", lambda *_: recorded)
+    trainer, _ = trainer_of("train.max_steps=12", "train.log_every=100", "train.batch_size=4", device="cuda")
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 9:  # kernels are built, sizes recorded
+                torch.cuda.set_sync_debug_mode("error")
+
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 11:
+                torch.cuda.set_sync_debug_mode("default")
+
+    trainer.add_callback(Watch())
+    try:
+        trainer.train()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert trainer.state.global_step == 12
 
 
 def test_a_row_that_memory_cannot_hold_is_named(trainer_of, monkeypatch):
