@@ -28,10 +28,9 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Params4bit
 
 NESTED_BLOCK = 256
-# Codes that are read at a time, a word of 32 bits; words per program, a thread each, and how often.
+# Codes that are read at a time, a word of 32 bits; words of a program, a thread each.
 WORD = 8
 TILE = 256
-TILES = 4
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def _with_torch(weight: FourBitWeight) -> torch.Tensor:
 def _with_triton(weight: FourBitWeight, out: torch.Tensor) -> None:
     absmax2, code, offset = weight.nested if weight.nested is not None else (weight.absmax_B,) * 3
     words = weight.numel // WORD
-    _dequantize_kernel[(triton.cdiv(words, TILE * TILES),)](
+    _dequantize_kernel[(triton.cdiv(words, TILE),)](
         weight.packed.view(torch.int32),
         weight.code,
         weight.absmax_B,
@@ -98,7 +97,6 @@ def _with_triton(weight: FourBitWeight, out: torch.Tensor) -> None:
         NESTED=weight.nested is not None,
         NESTED_BLOCK=NESTED_BLOCK,
         TILE=TILE,
-        TILES=TILES,
         num_warps=TILE // 32,
         # A product and a sum that become one operation are rounded once: other bits than bitsandbytes'.
         enable_fp_fusion=False,
@@ -121,40 +119,30 @@ if triton is not None:
         NESTED: tl.constexpr,
         NESTED_BLOCK: tl.constexpr,
         TILE: tl.constexpr,
-        TILES: tl.constexpr,
     ):
-        """One program: TILES times TILE words of eight codes; a thread has a word and writes 16 bytes in one piece."""
-        start = tl.program_id(0).to(tl.int64) * (TILE * TILES)
+        """One program: TILE words of eight codes; a thread has a word and writes 16 bytes in one piece."""
+        start = tl.program_id(0).to(tl.int64) * TILE
         first_block = start // BLOCK_WORDS
         left = (words - start).to(tl.int32)
-        for tile in tl.static_range(TILES):
-            at = tile * TILE + tl.arange(0, TILE)
-            word = tl.load(packed_ptr + start + at, mask=at < left, other=0)
-            block = first_block + at // BLOCK_WORDS
-            absmax = tl.load(absmax_ptr + block, mask=at < left, other=0)
-            if NESTED:
-                inner = tl.load(nested_code_ptr + absmax)
-                outer = tl.load(absmax2_ptr + block // NESTED_BLOCK, mask=at < left, other=0.0)
-                absmax = inner * outer + tl.load(offset_ptr)
-            # Of each byte, the high half comes first.
-            even = tl.interleave(
-                tl.interleave(
-                    _weights(word, 4, code_ptr, absmax, out_ptr), _weights(word, 20, code_ptr, absmax, out_ptr)
-                ),
-                tl.interleave(
-                    _weights(word, 12, code_ptr, absmax, out_ptr), _weights(word, 28, code_ptr, absmax, out_ptr)
-                ),
-            )
-            odd = tl.interleave(
-                tl.interleave(
-                    _weights(word, 0, code_ptr, absmax, out_ptr), _weights(word, 16, code_ptr, absmax, out_ptr)
-                ),
-                tl.interleave(
-                    _weights(word, 8, code_ptr, absmax, out_ptr), _weights(word, 24, code_ptr, absmax, out_ptr)
-                ),
-            )
-            to = tile * TILE * 8 + tl.arange(0, TILE * 8)
-            tl.store(out_ptr + start * 8 + to, tl.interleave(even, odd), mask=to < left * 8)
+        at = tl.arange(0, TILE)
+        word = tl.load(packed_ptr + start + at, mask=at < left, other=0)
+        block = first_block + at // BLOCK_WORDS
+        absmax = tl.load(absmax_ptr + block, mask=at < left, other=0)
+        if NESTED:
+            inner = tl.load(nested_code_ptr + absmax)
+            outer = tl.load(absmax2_ptr + block // NESTED_BLOCK, mask=at < left, other=0.0)
+            absmax = inner * outer + tl.load(offset_ptr)
+        # Of each byte, the high half comes first.
+        even = tl.interleave(
+            tl.interleave(_weights(word, 4, code_ptr, absmax, out_ptr), _weights(word, 20, code_ptr, absmax, out_ptr)),
+            tl.interleave(_weights(word, 12, code_ptr, absmax, out_ptr), _weights(word, 28, code_ptr, absmax, out_ptr)),
+        )
+        odd = tl.interleave(
+            tl.interleave(_weights(word, 0, code_ptr, absmax, out_ptr), _weights(word, 16, code_ptr, absmax, out_ptr)),
+            tl.interleave(_weights(word, 8, code_ptr, absmax, out_ptr), _weights(word, 24, code_ptr, absmax, out_ptr)),
+        )
+        to = tl.arange(0, TILE * 8)
+        tl.store(out_ptr + start * 8 + to, tl.interleave(even, odd), mask=to < left * 8)
 
     @triton.jit
     def _weights(word, shift: tl.constexpr, code_ptr, absmax, out_ptr):

@@ -29,8 +29,10 @@ except ImportError:  # CPU builds of torch come without Triton
     triton = None
 
 Activation = Literal["silu", "gelu_tanh"]
-# Tokens and columns that a program holds at a time.
-TILE = (32, 64)
+# Tokens and columns that a program holds at a time, forwards and backwards.
+FORWARD_TILE, TILE = (64, 32), (64, 64)
+# Tiles that a backward has under way: one is computed while the next ones are read.
+STAGES = 2
 # Of the row of an adapter that a tile can be multiplied with in registers; larger ones have passes of their own.
 MOST_RANK_BYTES = 128
 # Programs of a backward, at least; tokens are divided among them.
@@ -180,11 +182,11 @@ def _gated_with_triton(
     out_TF = torch.empty_like(gate_TF)
     ups = (gate_TF, gate_TF) if copies is None else copies.ups
     ranks = (0, 0) if copies is None else tuple(up.shape[1] for up in ups)
-    grid = (triton.cdiv(width, TILE[1]), triton.cdiv(tokens, TILE[0]))
+    grid = (triton.cdiv(width, FORWARD_TILE[1]), triton.cdiv(tokens, FORWARD_TILE[0]))
     _gated_kernel[grid](
         gate_TF, up_TF, out_TF, gate_TF if inner_TR is None else inner_TR, *ups, tokens, width,
         GATE_RANK=ranks[0], UP_RANK=ranks[1], RANKS=_room(ranks),
-        SILU=activation == "silu", TOKENS=TILE[0], COLUMNS=TILE[1],
+        SILU=activation == "silu", TOKENS=FORWARD_TILE[0], COLUMNS=FORWARD_TILE[1],
     )  # fmt: skip
     return out_TF
 
@@ -199,7 +201,7 @@ def _gradients_with_triton(
     _gradients_kernel[grid](
         gate_TF, up_TF, grad_TF.contiguous(), of_gate_TF, of_up_TF, *unused, tokens, width, TILE[0],
         GATE_RANK=0, UP_RANK=0, DOWN_RANK=0, RANKS=0,
-        SILU=activation == "silu", TOKENS=TILE[0], COLUMNS=TILE[1],
+        SILU=activation == "silu", TOKENS=TILE[0], COLUMNS=TILE[1], STAGES=1,
     )  # fmt: skip
     return of_gate_TF, of_up_TF
 
@@ -230,7 +232,8 @@ def _all_gradients(
         gate_TF, up_TF, grad_TF.contiguous(), gate_TF, up_TF, inner_TR, *first.ups, u_Tr, last.down_RK, sums,
         tokens, width, each,
         GATE_RANK=ranks[0], UP_RANK=ranks[1], DOWN_RANK=ranks[2], RANKS=room,
-        SILU=activation == "silu", TOKENS=TILE[0], COLUMNS=TILE[1], num_warps=4 if room == 16 else 8,
+        SILU=activation == "silu", TOKENS=TILE[0], COLUMNS=TILE[1], STAGES=STAGES,
+        num_warps=4 if room == 16 else 8,
     )  # fmt: skip
     of_gate, of_up, of_down = sums.sum(0)
     of_ups = [of_gate[:, : ranks[0]], of_up[:, : ranks[1]]]
@@ -294,7 +297,7 @@ if triton is not None:
         gate_ptr, up_ptr, grad_ptr, of_gate_ptr, of_up_ptr,
         inner_ptr, gate_up_ptr, up_up_ptr, u_ptr, down_ptr, sums_ptr, tokens, width, each,
         GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr, DOWN_RANK: tl.constexpr, RANKS: tl.constexpr,
-        SILU: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr,
+        SILU: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """Some columns of `each` tokens, tile by tile: dg and du, and the sums over tokens for dB and dA."""
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -310,7 +313,7 @@ if triton is not None:
             sum_up = tl.zeros((RANKS, COLUMNS), tl.float32)
             sum_down = tl.zeros((RANKS, COLUMNS), tl.float32)
         first = tl.program_id(1) * each
-        for start in range(first, min(first + each, tokens), TOKENS):
+        for start in tl.range(first, min(first + each, tokens), TOKENS, num_stages=STAGES):
             token = start + tl.arange(0, TOKENS)
             at = token.to(tl.int64)[:, None] * width + column[None, :]
             inside = (token < tokens)[:, None] & (column < width)[None, :]
