@@ -32,11 +32,11 @@ Activation = Literal["silu", "gelu_tanh"]
 # Tokens and columns that a program holds at a time, forwards and backwards.
 FORWARD_TILE, TILE = (64, 32), (64, 64)
 # Tiles that a backward has under way: one is computed while the next ones are read.
-STAGES = 2
+STAGES = 3
+# Programs of a backward that a multiprocessor runs at a time.
+RESIDENT = 2
 # Of the row of an adapter that a tile can be multiplied with in registers; larger ones have passes of their own.
 MOST_RANK_BYTES = 128
-# Programs of a backward, at least; tokens are divided among them.
-PROGRAMS = 1024
 
 _for_backward_alone = False
 
@@ -224,9 +224,8 @@ def _all_gradients(
     ranks = (*(up.shape[1] for up in first.ups), last.down_RK.shape[0])
     room = _room(ranks)
     columns = triton.cdiv(width, TILE[1])
-    programs = min(triton.cdiv(PROGRAMS, columns), triton.cdiv(tokens, TILE[0]))
-    each = triton.cdiv(triton.cdiv(tokens, programs), TILE[0]) * TILE[0]
-    programs = triton.cdiv(tokens, each)
+    tiles = _tiles_each(triton.cdiv(tokens, TILE[0]), columns, gate_TF.device)
+    programs, each = triton.cdiv(tokens, tiles * TILE[0]), tiles * TILE[0]
     sums = torch.empty(programs, 3, width, room, dtype=torch.float32, device=gate_TF.device)
     _gradients_kernel[(columns, programs)](
         gate_TF, up_TF, grad_TF.contiguous(), gate_TF, up_TF, inner_TR, *first.ups, u_Tr, last.down_RK, sums,
@@ -238,6 +237,16 @@ def _all_gradients(
     of_gate, of_up, of_down = sums.sum(0)
     of_ups = [of_gate[:, : ranks[0]], of_up[:, : ranks[1]]]
     return (gate_TF, up_TF), of_ups, of_down.view(room, width)[: ranks[2]]
+
+
+def _tiles_each(tiles: int, columns: int, device: torch.device) -> int:
+    """How many tiles of tokens one program takes, so that the last programs to run leave few multiprocessors idle."""
+    slots = RESIDENT * torch.cuda.get_device_properties(device).multi_processor_count
+
+    def duration(each: int) -> int:  # a tile of each for a start and an end
+        return -(-columns * -(-tiles // each) // slots) * (each + 1)
+
+    return min(range(1, tiles + 1), key=duration)
 
 
 def _room(ranks: Sequence[int]) -> int:

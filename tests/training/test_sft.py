@@ -199,7 +199,8 @@ def test_recorded_passes_train_the_same_adapter(trainer_of, monkeypatch, device,
 def test_steps_wait_for_nothing(trainer_of, monkeypatch, recorded):
     """Between two log lines the host is ahead of the GPU: whatever waits for it raises."""
     monkeypatch.setattr(sft, "_can_be_recorded", lambda *_: recorded)
-    trainer, _ = trainer_of("train.max_steps=12", "train.log_every=100", "train.batch_size=4", device="cuda")
+    options = ("train.max_steps=12", "train.log_every=100", "train.checkpoint_every=100", "train.batch_size=4")
+    trainer, _ = trainer_of(*options, device="cuda")
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args, state, control, **kwargs):
