@@ -53,6 +53,7 @@ class _HeadLoss(torch.autograd.Function):
             loss_and_gradient_(logits_nV, targets_N[some], loss_N[some])
             if grad_ND is not None:
                 torch.mm(logits_nV, weight_VD, out=grad_ND[some])
+            del logits_nV  # before the next ones are made
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND, scale)
         return loss_N.sum() * scale

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from qlora.kernels.four_bit import FourBitWeight, dequantize
+from qlora.kernels.low_rank import add_low_rank_
 
 _buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -134,7 +135,7 @@ def products(x_TK: torch.Tensor, linears: Sequence[FrozenLinear]) -> list[torch.
 def add_adapters_(outputs: Sequence[torch.Tensor], inner_TR: torch.Tensor, copies: Copies) -> None:
     """To x·W_iᵀ what adapters make of x·Aᵀ."""
     for output_TN, up_NR, part in zip(outputs, copies.ups, copies.parts, strict=True):
-        output_TN.addmm_(inner_TR[:, part], up_NR.T)
+        add_low_rank_(output_TN, inner_TR[:, part], up_NR)
 
 
 def into_ranks(grads: Sequence[torch.Tensor], copies: Copies) -> torch.Tensor:
@@ -166,7 +167,7 @@ def gradient_of_input(
     grad_x_TK = grads[0] @ _dense(linears[0].weight, grads[0].dtype)
     for linear, grad_TN in zip(linears[1:], grads[1:], strict=True):
         grad_x_TK.addmm_(grad_TN, _dense(linear.weight, grad_TN.dtype))
-    return grad_x_TK if u_TR is None else grad_x_TK.addmm_(u_TR, copies.down_RK)
+    return grad_x_TK if u_TR is None else add_low_rank_(grad_x_TK, u_TR, copies.down_RK.T)
 
 
 def gradients_of_downs(

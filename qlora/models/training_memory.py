@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from qlora.kernels.gated_mlp import MOST_RANK_BYTES
+from qlora.kernels.low_rank import MOST_RANK_BYTES
 from qlora.models.resources import (
     BYTES,
     CUDA_CONTEXT,

@@ -28,7 +28,7 @@ from qlora.kernels.head_loss import head_loss
 from qlora.kernels.lora_linears import Copies, FrozenLinear, lora_linears
 from qlora.kernels.norms import SOURCE, fuse_rms_norms
 from qlora.kernels.rotary import rotate
-from qlora.training.residual import fuse_layers
+from qlora.training.residual import ADDS_RESIDUAL, fuse_layers
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 BLOCK = ("gate_proj", "up_proj", "down_proj")
@@ -309,14 +309,16 @@ def _fuse_block(block: nn.Module, layers: Sequence[_Layer], copies: tuple[Copies
         return False
     plain = block.forward
 
-    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def forward(x: torch.Tensor, *args: Any, residual: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
         if args or kwargs or not all(layer.takes(x) for layer in layers):
-            return plain(x, *args, **kwargs)
+            output = plain(x, *args, **kwargs)
+            return output if residual is None else residual + output
         gate, up, down = (layer.frozen for layer in layers)
         with torch.autocast(x.device.type, enabled=False):
             matrices = [layer.matrices for layer in layers]
             flat, source = x.reshape(-1, x.shape[-1]), getattr(x, SOURCE, None)
-            return gated_mlp(flat, (gate, up, down), matrices, activation, source, copies).view(x.shape)
+            beside = None if residual is None else residual.reshape(flat.shape)
+            return gated_mlp(flat, (gate, up, down), matrices, activation, source, copies, beside).view(x.shape)
 
     dtype = layers[0].dtype
     generator = torch.Generator().manual_seed(0)
@@ -325,6 +327,7 @@ def _fuse_block(block: nn.Module, layers: Sequence[_Layer], copies: tuple[Copies
         expected, found = plain(x), forward(x)
     if (found - expected).float().norm() > TOLERANCE[dtype] * expected.float().norm():
         return False
+    setattr(forward, ADDS_RESIDUAL, True)
     block.forward = forward
     return True
 

@@ -19,6 +19,8 @@ from qlora.quantization.modules import decoder_layers
 
 FIRST, SECOND = "input_layernorm", "post_attention_layernorm"
 PARTS = {FIRST, "self_attn", SECOND, "mlp"}
+ADDS_RESIDUAL = "qlora_adds_residual"
+"""Attribute of a feed-forward block's forward that takes the residual stream and adds it."""
 # Tokens that a layer is tried on.
 TRIAL = 7
 
@@ -34,7 +36,8 @@ class _PreNorm:
         hidden, normed = self.first.after_adding(layer.input_layernorm, hidden_states)
         attended, _ = layer.self_attn(hidden_states=normed, **kwargs)
         hidden, normed = self.second.after_adding(layer.post_attention_layernorm, hidden, attended)
-        out: torch.Tensor = hidden + layer.mlp(normed)
+        adds = getattr(layer.mlp.forward, ADDS_RESIDUAL, False)
+        out: torch.Tensor = layer.mlp(normed, residual=hidden) if adds else hidden + layer.mlp(normed)
         return out
 
 

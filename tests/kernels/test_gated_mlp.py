@@ -19,6 +19,7 @@ TOKENS, INPUTS, WIDTH, RANK = 29, 48, 80, 4
 SIZES = {
     "few tokens": (TOKENS, (RANK,) * 3),
     "many": (150, (8, 16, 3)),
+    "the largest rank in registers": (150, (32, 5, 32)),
     "a rank too large": (TOKENS, (RANK, 100, RANK)),
 }
 """Tokens, and ranks of gate, up and down."""
@@ -43,21 +44,27 @@ def problem(device, dtype, tokens=TOKENS, ranks=(RANK,) * 3):
 @pytest.mark.parametrize(("device", "dtype", "tolerance"), CASES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("size", SIZES)
-def test_values_and_gradients_are_those_of_float64(device, dtype, tolerance, activation, size):
+@pytest.mark.parametrize("adds", [False, True])
+def test_values_and_gradients_are_those_of_float64(device, dtype, tolerance, activation, size, adds):
     x, linears, matrices, upstream = problem(device, dtype, *SIZES[size])
     exact = [tensor.detach().double().requires_grad_() for tensor in (x, *matrices)]
+    residual = upstream.flip(0).requires_grad_() if adds else None
 
     def linear(number, y):
         a, b = exact[1 + 2 * number], exact[2 + 2 * number]
         return y @ linears[number].weight.double().T + linears[number].scaling * (y @ a.T) @ b.T
 
     expected = linear(2, ACTIVATIONS[activation](linear(0, exact[0])) * linear(1, exact[0]))
+    if residual is not None:
+        expected = expected + residual.detach().double()
     expected.backward(upstream.double())
 
     own = torch.float64 if dtype == torch.float64 else torch.float32
     leaves = [x.requires_grad_(), *(matrix.to(own).requires_grad_() for matrix in matrices)]
-    found = gated_mlp(leaves[0], linears, list(zip(leaves[1::2], leaves[2::2], strict=True)), activation)
+    pairs = list(zip(leaves[1::2], leaves[2::2], strict=True))
+    found = gated_mlp(leaves[0], linears, pairs, activation, residual_TK=residual)
     found.backward(upstream)
+    assert residual is None or torch.equal(residual.grad, upstream)
     assert (found.double() - expected).norm() <= tolerance * expected.norm()
     for leaf, wanted in zip(leaves, exact, strict=True):
         assert leaf.grad.dtype == leaf.dtype
