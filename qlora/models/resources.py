@@ -88,7 +88,7 @@ class Pass:
     recomputed: int
     """Decoder layers whose activations are computed again in the backward."""
     offloaded: bool = False
-    """Whether the inputs of those layers wait in host memory."""
+    """Whether the inputs of those layers wait in host memory, where token embeddings are too."""
     dense: int = 0
     """Decoder layers whose quantized weights are kept in 16 bits too, and not dequantized again in every pass."""
 

@@ -69,6 +69,8 @@ class ModelShapes:
     """Parameters of the linears that bitsandbytes holds in 4 bits: all but the output head and fused experts."""
     head: int
     """Parameters of the output head's matrix product, tied to the embeddings or not."""
+    embeddings: int
+    """Parameters of the token embeddings where they are not the head's too."""
     largest_tensor: int
     """Parameters of the largest single tensor."""
     largest_layer: int
@@ -139,6 +141,7 @@ def model_shapes(model: PreTrainedModel) -> ModelShapes:
     """
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
+    embeddings: Any = model.get_input_embeddings().weight
     in_four_bits = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     layers = decoder_layers(model)[1]
     return ModelShapes(
@@ -151,6 +154,7 @@ def model_shapes(model: PreTrainedModel) -> ModelShapes:
         total=model.num_parameters(),
         quantized=sum(module.weight.numel() for module in in_four_bits),
         head=head.weight.numel(),
+        embeddings=0 if embeddings is head.weight else embeddings.numel(),
         largest_tensor=max(parameter.numel() for parameter in model.parameters()),
         largest_layer=max(sum(parameter.numel() for parameter in layer.parameters()) for layer in layers),
         linears=_linears(model),

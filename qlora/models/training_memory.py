@@ -101,9 +101,11 @@ class Trained:
         dequantized = (1 if self.fused else 2) * itemsize if self.quantized and one.dense < shapes.layers else 0
         inputs = min(one.recomputed, OFFLOADED_ON_DEVICE) if one.offloaded else one.recomputed
         at_the_head = first + max(head, work) > again + work
+        on_host = itemsize * shapes.embeddings if one.offloaded and self.fused else 0
+        copies = itemsize if self.fused else 0
         return {
-            "base": base_bytes(self.recipe, shapes),
-            "adapter and optimizer": 4 * BYTES[self.recipe.lora.dtype] * self.adapter.trainable,
+            "base": base_bytes(self.recipe, shapes) - on_host,
+            "adapter and optimizer": (4 * BYTES[self.recipe.lora.dtype] + copies) * self.adapter.trainable,
             "inputs of recomputed layers": inputs * one.tokens * shapes.hidden_size * itemsize,
             "saved activations": first if at_the_head else again,
             "output head or backward": max(head, work) if at_the_head else work,
@@ -161,7 +163,8 @@ class Trained:
     def _head_bytes(self, tokens: int) -> int:
         hidden = self.itemsize * tokens * self.shapes.hidden_size
         if self.recipe.train.kernels == "auto":
-            return 2 * hidden + min(FUSED_HEAD_BYTES, self.itemsize * tokens * self.shapes.vocab_size)
+            # The last layer's output, its norm, what of it predicts, and the gradient of that.
+            return 4 * hidden + min(FUSED_HEAD_BYTES, self.itemsize * tokens * self.shapes.vocab_size)
         tile = min(tokens, HEAD_TILE[0]) * min(self.shapes.vocab_size, HEAD_TILE[1])
         return tile * (self.itemsize + 4) + 4 * tokens * self.shapes.hidden_size
 

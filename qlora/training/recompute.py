@@ -1,12 +1,14 @@
 """Activation checkpointing: some decoder layers keep their input alone and run again in the backward pass.
 
 What torch.utils.checkpoint does, with less to do: one input, one output, no dropout whose random numbers would have to
-come again. The input can wait in host memory, and comes back while the layer behind it runs. What nothing in the
+come again. The input can wait in host memory, and comes back while the layer behind it runs; the CPU is then a few
+layers ahead of the GPU and no more, since memory that copies are under way in cannot be used again. What nothing in the
 backward reads, the last product of a gated feed-forward block, is left out.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +21,8 @@ from torch.utils.checkpoint import checkpoint
 from qlora.host_tensors import HostTensors
 from qlora.kernels.gated_mlp import for_backward_alone
 from qlora.quantization.modules import decoder_layers
+
+LAYERS_AHEAD = 2
 
 
 def recompute_first(model: Any, layers: int, *, offload: bool = False) -> None:
@@ -52,6 +56,13 @@ class _Layers:
     kept: HostTensors | None
     without_output: dict[int, bool] = field(default_factory=dict)
     """Whether the backward of a layer goes without the output of its feed-forward block; found at its first."""
+    _computed: deque[torch.cuda.Event] = field(default_factory=deque)
+
+    def stay_near(self) -> None:
+        """Wait for the GPU if it is more than a few layers behind."""
+        self._computed.append(torch.cuda.current_stream().record_event())
+        if len(self._computed) > LAYERS_AHEAD:
+            self._computed.popleft().synchronize()
 
 
 def _run(layers: _Layers, index: int, layer: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
@@ -76,6 +87,7 @@ class _Again(torch.autograd.Function):
             ctx.save_for_backward(hidden)
         else:
             layers.kept.put(index, hidden)
+            layers.stay_near()
         with torch.no_grad():
             return layer(hidden)
 
@@ -85,6 +97,7 @@ class _Again(torch.autograd.Function):
         if layers.kept is None:
             (hidden,) = ctx.saved_tensors
         else:
+            layers.stay_near()
             hidden = layers.kept.get(index)
             if index:
                 layers.kept.prefetch(index - 1)

@@ -32,6 +32,7 @@ from qlora.recipe import Recipe
 from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
 from qlora.training.fused import Fused, fuse, fuse_head
 from qlora.training.graphs import Room
+from qlora.training.host_embedding import keep_embeddings_on_host
 from qlora.training.packed import allow_packed
 from qlora.training.plan import Division, TrainingPlan, plan_training
 from qlora.training.probe import kept_bytes_per_token
@@ -108,6 +109,8 @@ def build_trainer(
     if fused is not None and largest.dense:
         fused.keep_dense(largest.dense / plan.layers)
     log.info("training: %s", plan.text)
+    if fused is not None and largest.offloaded and keep_embeddings_on_host(model.get_base_model()):
+        log.info("token embeddings are in host memory")
     for what, reason in (("rows are padded", cannot_pack), ("TRL computes the loss", plain_head)):
         if reason:
             log.info("%s: %s", what, reason)
