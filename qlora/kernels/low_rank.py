@@ -9,6 +9,7 @@ Shapes: T tokens, N outputs, R ranks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -51,6 +52,7 @@ def in_registers(x: torch.Tensor, ranks: Sequence[int]) -> bool:
     return x.is_cuda and triton is not None and max(ranks) * x.element_size() <= MOST_RANK_BYTES
 
 
+@cache
 def tiles_each(tiles: int, programs: int, resident: int, device: torch.device) -> int:
     """How many of `tiles` one program takes, where `programs` do so each: so that few multiprocessors idle at the end.
 

@@ -7,12 +7,13 @@ up to a few sizes, and for each of these a forward with its backward is recorded
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from qlora.training.flat import Flat
 from qlora.training.packed import IGNORED
 from qlora.training.schedule import Schedule
 
@@ -78,17 +79,12 @@ class _Recorded:
 class Graphs:
     """Forwards with their backwards, from recordings where there are any; on a CPU there are none."""
 
-    def __init__(
-        self,
-        run: Callable[[dict[str, Any]], torch.Tensor],
-        parameters: Sequence[torch.nn.Parameter],
-        device: torch.device,
-    ) -> None:
+    def __init__(self, run: Callable[[dict[str, Any]], torch.Tensor], flat: Flat) -> None:
         """run: from inputs on the device to a loss, of which every launch follows from the inputs' shapes alone."""
-        self._run, self._parameters, self._device = run, parameters, device
-        self._gradients = [torch.zeros_like(parameter) for parameter in parameters]
+        self._run, self._flat, self._device = run, flat, flat.whole.device
+        self._gradient = torch.zeros_like(flat.whole.data)
         self._recorded: dict[tuple[Any, ...], _Recorded | None] = {}
-        self._records = device.type == "cuda"
+        self._records = self._device.type == "cuda"
         self._pool: Any = torch.cuda.graph_pool_handle() if self._records else None
 
     def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
@@ -99,17 +95,12 @@ class Graphs:
         recorded = self._recorded.setdefault(key, None)
         if recorded is None:
             loss = self._run(self._on_device(inputs))
-            loss.backward()
+            self._flat.backward(loss)
             return loss.detach()
-        held = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
-        before = torch._foreach_mul(held, 1.0) if held else None
         for name, tensor in recorded.inputs.items():
             tensor.copy_(inputs[name], non_blocking=True)
         recorded.graph.replay()
-        if before is not None:
-            torch._foreach_add_(before, self._gradients)
-        for parameter, gradient in zip(self._parameters, before or self._gradients, strict=True):
-            parameter.grad = gradient
+        self._flat.add(self._gradient)
         return recorded.loss.clone()
 
     def _record(self, inputs: dict[str, Any]) -> _Recorded | None:
@@ -117,7 +108,8 @@ class Graphs:
         try:
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 loss = self._run(inputs)
-                torch._foreach_copy_(self._gradients, list(torch.autograd.grad(loss, self._parameters)))
+                gradients = torch.autograd.grad(loss, self._flat.parameters)
+                torch._foreach_copy_(self._flat.parts(self._gradient), list(gradients))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

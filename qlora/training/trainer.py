@@ -19,6 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from qlora.data.rendering import RenderedRow
 from qlora.errors import WillNotFit
+from qlora.training.flat import Flat, KeptGradients
 from qlora.training.fused import HEAD_INPUTS
 from qlora.training.graphs import Graphs, Room
 from qlora.training.packed import IGNORED, Tokens, pack, pad
@@ -107,6 +108,24 @@ class Trainer(SFTTrainer):
             return data.to(self.args.device, non_blocking=True)
         return super()._prepare_input(data)
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """Over all parameters in one piece where passes are recorded."""
+        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.room is not None:
+            optimizer = self.optimizer = self._flat.optimizer(optimizer)
+            # What the loop calls walks over all modules.
+            self.model.zero_grad = self._flat.zero_grad  # type: ignore[method-assign, union-attr]
+        return optimizer
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        if self.room is None:
+            return super()._clip_grad_norm(model)
+        return torch.nn.utils.clip_grad_norm_([self._flat.whole], self.args.max_grad_norm)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """From the plan: the model would count its parameters in every step."""
+        return round(self.plan.flops_per_token * inputs["input_ids"].numel())
+
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -119,7 +138,8 @@ class Trainer(SFTTrainer):
         if len(rows) < 2 or tokens <= self.most_tokens:
             # Other processes would wait for gradients that this one does not send.
             divisible = len(rows) > 1 and self.args.world_size == 1
-            before = [None if each.grad is None else each.grad.clone() for each in self._learning if divisible]
+            if divisible:
+                self._before.keep()
             try:
                 if self.room is not None:
                     return self._replay(inputs, num_items_in_batch)
@@ -128,8 +148,7 @@ class Trainer(SFTTrainer):
                 if not divisible:
                     raise WillNotFit(f"memory ran out in a forward of {tokens:,} tokens", *self._ways_out()) from error
             # Outside the except block: the error's frames would keep the activations.
-            for parameter, gradient in zip(self._learning, before, strict=True):
-                parameter.grad = gradient
+            self._before.give_back()
             del inputs
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -153,12 +172,20 @@ class Trainer(SFTTrainer):
                 loss: torch.Tensor = self.model_wrapped(**inputs, use_cache=False).loss
             return loss
 
-        return Graphs(run, self._learning, self.args.device)
+        return Graphs(run, self._flat)
+
+    @cached_property
+    def _flat(self) -> Flat:
+        return Flat(self._learning)
 
     @cached_property
     def _learning(self) -> list[torch.nn.Parameter]:
         assert self.model is not None
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    @cached_property
+    def _before(self) -> KeptGradients:
+        return KeptGradients(self._learning if self.room is None else [self._flat.whole])
 
     def _ways_out(self) -> tuple[str, str]:
         where = "train.micro_batch_tokens" if self.args.world_size > 1 else "data.max_length"

@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from qlora.training.flat import Flat
 from qlora.training.fused import fuse, fuse_head
 from qlora.training.graphs import Graphs, Room
 from qlora.training.packed import IGNORED, allow_packed, pack
@@ -46,6 +47,8 @@ def batch_of(rows):
 def learned(model, run, batches):
     """Losses of all batches and the gradients of all together."""
     model.zero_grad(set_to_none=True)
+    if isinstance(run, Graphs):
+        run._flat.zero_grad()
     losses = torch.stack([run(batch) for batch in batches])
     return losses, [parameter.grad.clone() for parameter in model.parameters() if parameter.requires_grad]
 
@@ -99,7 +102,8 @@ def test_recorded_passes_learn_the_same(dtype, recorded) -> None:
     steps = [batch_of(rows) for _ in range(3) for step in SCHEDULE.steps(0) for rows in step]
     filled = [batch | room.filled(batch) for batch in steps]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    graphs = Graphs(lambda inputs: model(**inputs, use_cache=False).loss, parameters, torch.device("cuda"))
+    flat = Flat(parameters)
+    graphs = Graphs(lambda inputs: model(**inputs, use_cache=False).loss, flat)
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
     for start in range(0, len(filled), 3):  # three passes add up to a step
         losses, gradients = learned(model, forward_and_backward(model), filled[start : start + 3])
@@ -125,7 +129,8 @@ def test_what_a_graph_cannot_hold_runs_without(caplog) -> None:
         loss = model(**inputs, use_cache=False).loss
         return loss * (2 if loss.item() > 1e9 else 1)
 
-    graphs = Graphs(waits, [each for each in model.parameters() if each.requires_grad], torch.device("cuda"))
+    flat = Flat([each for each in model.parameters() if each.requires_grad])
+    graphs = Graphs(waits, flat)
     losses, gradients = learned(model, forward_and_backward(model), [batch])
     with caplog.at_level(logging.INFO):
         for _ in range(3):
