@@ -30,7 +30,7 @@ _for_backward_alone = False
 
 @contextmanager
 def for_backward_alone() -> Iterator[None]:
-    """Blocks that run in here keep what their backward needs, and give NaNs instead of the product with down.
+    """Blocks that run in here make and keep what their backward needs, and give NaNs instead of the product with down.
 
     For a forward that is computed again; whether anything needs the output then, its caller finds out by the NaNs.
     """
@@ -79,7 +79,9 @@ class _GatedMlp(torch.autograd.Function):
         inner_TR = x_TK @ first.down_RK.T
         gate_TF, up_TF = lora_linears.products(x_TK, linears[:2])
         if _adds(gate_TF, copies):
-            hidden_TF, inner_Tr = gated_tiles.gated(gate_TF, up_TF, activation == "silu", inner_TR, first, last)
+            hidden_TF, inner_Tr = gated_tiles.gated(
+                gate_TF, up_TF, activation == "silu", inner_TR, first, last, inner_alone=_for_backward_alone
+            )
             assert inner_Tr is not None
         else:
             lora_linears.add_adapters_((gate_TF, up_TF), inner_TR, first)
@@ -88,7 +90,7 @@ class _GatedMlp(torch.autograd.Function):
         ctx.save_for_backward(gate_TF, up_TF, inner_TR, inner_Tr, *kept_input(x_TK, source))
         ctx.linears, ctx.activation, ctx.copies = linears, activation, copies
         ctx.dtype, ctx.adds, ctx.spent = matrices[0].dtype, residual_TK is not None, False
-        if _for_backward_alone:
+        if _for_backward_alone or hidden_TF is None:
             return x_TK.new_full((1, 1), math.nan).expand(len(x_TK), linears[2].weight.shape[0])
         (output_TK,) = lora_linears.products(hidden_TF, linears[2:])
         return add_low_rank_(output_TK, inner_Tr, last.ups[0], residual_TK)
@@ -129,7 +131,9 @@ class _GatedMlp(torch.autograd.Function):
 def gated(gate: torch.Tensor, up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """act(g)·u of [T, F], computed in fp32 or better, in the dtype of g."""
     if _on_gpu(gate):
-        return gated_tiles.gated(gate, up, activation == "silu")[0]
+        hidden, _ = gated_tiles.gated(gate, up, activation == "silu")
+        assert hidden is not None
+        return hidden
     act, _ = _activation(gate, activation)
     return (act * up).to(gate.dtype)
 

@@ -32,13 +32,15 @@ def gated(
     inner_TR: torch.Tensor | None = None,
     first: Copies | None = None,
     last: Copies | None = None,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """h = act(g)·u and, with adapters, h·Aᵀ [T, r] of the one of down.
+    *,
+    inner_alone: bool = False,
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """h = act(g)·u and, with adapters, h·Aᵀ [T, r] of the one of down; inner_alone: that, and no h.
 
     inner_TR, first: what adapters of gate and up have yet to add. Not silu: GELU in its tanh form.
     """
     tokens, width = gate_TF.shape
-    out_TF = torch.empty_like(gate_TF)
+    out_TF = None if inner_alone else torch.empty_like(gate_TF)
     rows, tiles = triton.cdiv(tokens, FORWARD_TILE[0]), triton.cdiv(width, FORWARD_TILE[1])
     each = tiles_each(tiles, rows, RESIDENT, gate_TF.device)
     programs = triton.cdiv(tiles, each)
@@ -48,8 +50,8 @@ def gated(
         tensors = [inner_TR, *first.ups, last.down_RK]
         sums = torch.empty(programs, tokens, room(ranks), dtype=torch.float32, device=gate_TF.device)
     _gated_kernel[(rows, programs)](
-        gate_TF, up_TF, out_TF, *tensors, sums, tokens, width, each,
-        GATE_RANK=ranks[0], UP_RANK=ranks[1], DOWN_RANK=ranks[2], RANKS=room(ranks), SILU=silu,
+        gate_TF, up_TF, gate_TF if out_TF is None else out_TF, *tensors, sums, tokens, width, each,
+        GATE_RANK=ranks[0], UP_RANK=ranks[1], DOWN_RANK=ranks[2], RANKS=room(ranks), SILU=silu, STORES=not inner_alone,
         TOKENS=FORWARD_TILE[0], COLUMNS=FORWARD_TILE[1], STAGES=stages(gate_TF), num_warps=4,
     )  # fmt: skip
     return out_TF, sums.sum(0)[:, : ranks[2]].to(gate_TF.dtype) if any(ranks) else None
@@ -132,7 +134,7 @@ if triton is not None:
     def _gated_kernel(
         gate_ptr, up_ptr, out_ptr, inner_ptr, gate_up_ptr, up_up_ptr, down_ptr, sums_ptr, tokens, width, each,
         GATE_RANK: tl.constexpr, UP_RANK: tl.constexpr, DOWN_RANK: tl.constexpr, RANKS: tl.constexpr,
-        SILU: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+        SILU: tl.constexpr, STORES: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
         """Some tokens of `each` tiles of columns: act(g)·u, and the sums over columns of its product with A."""
         token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
@@ -157,7 +159,8 @@ if triton is not None:
                 up += tl.dot(of_up, _up(up_up_ptr, column, width, UP_RANK, RANKS), input_precision="ieee")
             act, _ = _act(gate, SILU)
             hidden = (act * up).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + at, hidden, mask=inside)
+            if STORES:
+                tl.store(out_ptr + at, hidden, mask=inside)
             if RANKS > 0:
                 sum_down += tl.dot(hidden, down, input_precision="ieee")
         if RANKS > 0:
