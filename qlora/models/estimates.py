@@ -19,7 +19,7 @@ from qlora.models.resources import (
     layer_forward_bytes,
     stage_estimate,
 )
-from qlora.models.shapes import AdapterShapes, ModelShapes, forward_flops, training_flops
+from qlora.models.shapes import AdapterShapes, ModelShapes, forward_flops
 from qlora.models.training_memory import Trained
 from qlora.recipe import Recipe
 
@@ -56,8 +56,7 @@ def _train(
     recipe: Recipe, shapes: ModelShapes, adapter: AdapterShapes, work: Workload, machine: Machine
 ) -> StageEstimate:
     trained = Trained(recipe, shapes, adapter, machine, work.train_sequence)
-    share = work.largest_pass.recomputed / shapes.layers
-    per_token = training_flops(shapes, adapter, work.train_sequence, recomputed=share)
+    passes = work.train_tokens / recipe.train.processes / max(1, work.largest_pass.tokens)
     saved = adapter.trainable * BYTES[recipe.lora.dtype]
     return stage_estimate(
         "train",
@@ -65,7 +64,7 @@ def _train(
         trained.parts(work.largest_pass),
         host=0,
         disk=saved + 2 * 3 * saved,  # the adapter, and two checkpoints with Adam's moments
-        seconds=machine.seconds(work.train_tokens * per_token / recipe.train.processes, TRAINING),
+        seconds=None if machine.on_gpu and machine.peak is None else passes * trained.seconds(work.largest_pass),
     )
 
 

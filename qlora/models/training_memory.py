@@ -19,10 +19,12 @@ from qlora.models.resources import (
     BYTES,
     CUDA_CONTEXT,
     FRAGMENTATION,
+    FUSED_TRAINING,
     PROCESS,
     TRAINING,
     Machine,
     Pass,
+    Rate,
     layer_activation_bytes,
 )
 from qlora.models.shapes import AdapterShapes, ModelShapes, training_flops
@@ -34,8 +36,10 @@ HEAD_TILE = (4096, 32768)  # tokens × vocabulary of TRL's fused output head
 FUSED_HEAD_BYTES = 2**29  # logits of our own at a time
 # Weights/s that are dequantized, once in every forward, backward and recomputation.
 DEQUANTIZE_RATE = {"cuda": 1e12, "cpu": 1e9}
-# Seconds of a forward and backward pass that do not depend on its tokens, per layer: kernel launches.
-PASS_SECONDS = {"cuda": 6e-4, "cpu": 1e-3}
+# Seconds of a forward and backward pass that do not depend on its tokens, per layer: kernels that begin and end.
+PASS_SECONDS = {"cuda": 3e-4, "cpu": 1e-3}
+# Seconds per layer in which Python launches the kernels of a pass, while others run.
+LAUNCH_SECONDS = 2e-3
 # Inputs of layers that are on the device at a time, of those that wait in host memory.
 OFFLOADED_ON_DEVICE = 3
 OFFLOADING_SLOWER = 1.05  # copies beside the computation take some of the memory's bandwidth
@@ -59,6 +63,10 @@ class Trained:
     def fused(self) -> bool:
         """Whether layers train on the fused path, and keep less."""
         return self.machine.on_gpu and self.recipe.train.kernels == "auto"
+
+    @property
+    def rate(self) -> Rate:
+        return FUSED_TRAINING if self.fused else TRAINING
 
     @property
     def itemsize(self) -> int:
@@ -125,17 +133,18 @@ class Trained:
         packed = self.quantized * (1 - one.dense / self.shapes.layers)
         dequantizing = (2 + share) * packed / DEQUANTIZE_RATE[device]
         slower = OFFLOADING_SLOWER if one.offloaded else 1
-        return slower * self._computing(one) + dequantizing + PASS_SECONDS[device] * self.shapes.layers
+        busy = slower * self._computing(one) + dequantizing + PASS_SECONDS[device] * self.shapes.layers
+        return max(busy, LAUNCH_SECONDS * self.shapes.layers) if self.fused else busy
 
     def launch_bound(self, one: Pass) -> bool:
         """Whether a GPU is done with kernels before the next are launched."""
-        return self.machine.on_gpu and self._computing(one) < PASS_SECONDS["cuda"] * self.shapes.layers
+        return self.machine.on_gpu and self._computing(one) < LAUNCH_SECONDS * self.shapes.layers
 
     def _computing(self, one: Pass) -> float:
         share = one.recomputed / self.shapes.layers
         flops = one.tokens * training_flops(self.shapes, self.adapter, self.sequence, recomputed=share)
-        seconds = self.machine.seconds(flops, TRAINING)
-        return flops / (TRAINING.share_of_peak * UNKNOWN_PEAK) if seconds is None else seconds
+        seconds = self.machine.seconds(flops, self.rate)
+        return flops / (self.rate.share_of_peak * UNKNOWN_PEAK) if seconds is None else seconds
 
     @property
     def kept_bytes(self) -> float:
