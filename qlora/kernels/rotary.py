@@ -9,6 +9,8 @@ Shapes: B rows, H heads, T tokens, D width of a head.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -18,6 +20,25 @@ try:
     import triton.language as tl
 except ImportError:  # CPU builds of torch come without Triton
     triton = None
+
+
+_again_with_gradients = False
+
+
+@contextmanager
+def again_with_gradients() -> Iterator[None]:
+    """A forward without gradients that will run again with them, and has to come to the same then."""
+    global _again_with_gradients
+    _again_with_gradients = True
+    try:
+        yield
+    finally:
+        _again_with_gradients = False
+
+
+def learns(*tensors: torch.Tensor) -> bool:
+    """Whether what is computed from these has a backward, now or when it runs again."""
+    return _again_with_gradients or (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
 def rotate(

@@ -27,7 +27,7 @@ from qlora.kernels.gated_mlp import Activation, gated_mlp
 from qlora.kernels.head_loss import head_loss
 from qlora.kernels.lora_linears import Copies, FrozenLinear, lora_linears
 from qlora.kernels.norms import SOURCE, fuse_rms_norms
-from qlora.kernels.rotary import rotate
+from qlora.kernels.rotary import learns, rotate
 from qlora.training.residual import ADDS_RESIDUAL, fuse_layers
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -113,8 +113,7 @@ def fuse_rotary(model: nn.Module) -> int:
 def _rotary(plain: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(plain)
     def apply(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        learns = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
-        if args or kwargs or not (learns and q.is_cuda and q.dtype == k.dtype == cos.dtype and cos.ndim == 3):
+        if args or kwargs or not (learns(q, k) and q.is_cuda and q.dtype == k.dtype == cos.dtype and cos.ndim == 3):
             return plain(q, k, cos, sin, *args, **kwargs)
         return rotate(q, k, cos, sin)
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from qlora.host_tensors import HostTensors
 from qlora.kernels.gated_mlp import for_backward_alone
+from qlora.kernels.rotary import again_with_gradients
 from qlora.quantization.modules import decoder_layers
 
 LAYERS_AHEAD = 2
@@ -66,6 +67,8 @@ class _Layers:
 
 
 def _run(layers: _Layers, index: int, layer: Callable[..., torch.Tensor], hidden: torch.Tensor) -> torch.Tensor:
+    if not torch.is_grad_enabled():
+        return layer(hidden)
     if not hidden.requires_grad:  # the embeddings are frozen; a node in the graph needs an input that is not
         hidden = hidden.detach().requires_grad_()
     return _Again.apply(hidden, layer, layers, index)
@@ -88,7 +91,7 @@ class _Again(torch.autograd.Function):
         else:
             layers.kept.put(index, hidden)
             layers.stay_near()
-        with torch.no_grad():
+        with torch.no_grad(), again_with_gradients():
             return layer(hidden)
 
     @staticmethod

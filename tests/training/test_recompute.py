@@ -1,11 +1,14 @@
 """Layers that run again in the backward: the same losses and gradients, and less that is kept."""
 
+import sys
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora.kernels import lora_linears
+from qlora.kernels.rotary import learns
 from qlora.training.fused import fuse
 from qlora.training.recompute import recompute_first
 
@@ -81,6 +84,38 @@ def test_autocast_is_that_of_the_forward():
     assert torch.equal(again, loss)
     for name, gradient in gradients.items():
         assert torch.equal(same[name], gradient), name
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_first_forward_takes_the_path_of_the_second(device):
+    """To the bit: what the loss is computed from is what the gradients are computed from."""
+    model = model_of("llama", device).bfloat16()
+    fuse(model)
+    loss, gradients, _ = learned(model)
+    recompute_first(model.get_base_model(), LAYERS)
+    again, same, _ = learned(model)
+    assert torch.equal(again, loss)
+    for name, gradient in gradients.items():
+        assert torch.equal(same[name], gradient), name
+
+
+def test_rotary_embeddings_of_a_first_forward_know_that_a_backward_comes(monkeypatch):
+    model, found = model_of("llama"), []
+    recompute_first(model.get_base_model(), 2)
+    learned(model)  # the first backward finds out what it can do without
+    module = sys.modules["transformers.models.llama.modeling_llama"]
+    plain = module.apply_rotary_pos_emb
+
+    def noting(q, k, *others, **named):
+        found.append(learns(q, k))
+        return plain(q, k, *others, **named)
+
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", noting)
+    learned(model)
+    assert found == [True] * (LAYERS + 2)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 3, dtype=torch.long))
+    assert found[LAYERS + 2 :] == [False] * LAYERS
 
 
 def test_dropout_drops_the_same_again():
