@@ -203,3 +203,8 @@ def _dense(weight: FourBitWeight | torch.Tensor, dtype: torch.dtype) -> torch.Te
     if buffer is None or buffer.numel() < weight.numel:
         buffer = _buffers[key] = torch.empty(weight.numel, dtype=dtype, device=weight.packed.device)
     return dequantize(weight, dtype, buffer[: weight.numel])
+
+
+def free_buffers() -> None:
+    """Give back the memory that weights were dequantized into; the next one that is finds its own."""
+    _buffers.clear()

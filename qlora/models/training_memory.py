@@ -42,6 +42,7 @@ PASS_SECONDS = {"cuda": 3e-4, "cpu": 1e-3}
 LAUNCH_SECONDS = 2e-3
 # Inputs of layers that are on the device at a time, of those that wait in host memory.
 OFFLOADED_ON_DEVICE = 3
+WORKSPACES = 2 * 2**25  # of cuBLAS, for the thread of the forward and that of the backward
 OFFLOADING_SLOWER = 1.05  # copies beside the computation take some of the memory's bandwidth
 UNKNOWN_PEAK = 100e12  # of a GPU that is not known
 
@@ -117,6 +118,7 @@ class Trained:
             "inputs of recomputed layers": inputs * one.tokens * shapes.hidden_size * itemsize,
             "saved activations": first if at_the_head else again,
             "output head or backward": max(head, work) if at_the_head else work,
+            "workspaces of cuBLAS": WORKSPACES if self.machine.on_gpu else 0,
             "dequantized weights": dequantized * max(linear.parameters for linear in shapes.linears),
             "weights in 16 bits too": itemsize * self.quantized * one.dense // shapes.layers,
         }

@@ -25,7 +25,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from qlora.kernels.four_bit import FourBitWeight, dequantize
 from qlora.kernels.gated_mlp import Activation, gated_mlp
 from qlora.kernels.head_loss import head_loss
-from qlora.kernels.lora_linears import Copies, FrozenLinear, lora_linears
+from qlora.kernels.lora_linears import Copies, FrozenLinear, free_buffers, lora_linears
 from qlora.kernels.norms import SOURCE, fuse_rms_norms
 from qlora.kernels.rotary import learns, rotate
 from qlora.training.residual import ADDS_RESIDUAL, fuse_layers
@@ -56,8 +56,11 @@ class Fused:
 
     def keep_dense(self, share: float = 1.0) -> None:
         """Keep the first of the quantized weights in 16 bits too: the same bits, and not dequantized again."""
-        for layer in self.layers[: round(share * len(self.layers))]:
+        dense = self.layers[: round(share * len(self.layers))]
+        for layer in dense:
             layer.keep_dense()
+        if len(dense) == len(self.layers):
+            free_buffers()
 
 
 def fuse(model: nn.Module) -> Fused:

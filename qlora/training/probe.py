@@ -29,7 +29,7 @@ def kept_bytes_per_token(model: Any, layers: int, *, packed: bool) -> float:
         def keep(x: torch.Tensor, kept: dict[int, int] = kept) -> torch.Tensor:
             if x.untyped_storage().data_ptr() not in parameters:
                 kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
+            return x.detach()  # an output as it is would keep its own graph alive, for good
 
         row = [list(range(1, tokens + 1)), [IGNORED] * tokens]
         batch = pack([(row[0], row[1])]) if packed else pad([(row[0], row[1])])

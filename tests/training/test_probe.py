@@ -1,5 +1,8 @@
 """What a layer keeps, as the probe finds it, against what is known of a layer."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -36,6 +39,20 @@ def test_nothing_of_the_model_changes() -> None:
     model = model_of(2, dropout=0.1).eval()
     kept_bytes_per_token(model, 2, packed=False)
     assert not model.training and all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_nothing_stays_in_memory(fused) -> None:
+    """The probe's graphs are gone with it, and with them what its layers kept."""
+    model = model_of(2)
+    if fused:
+        fuse(model)
+    alive = []
+    for layer in model.get_base_model().model.layers:
+        layer.mlp.register_forward_hook(lambda _, inputs, output: alive.append(weakref.ref(output)))
+    kept_bytes_per_token(model, 2, packed=False)
+    gc.collect()
+    assert len(alive) == 4 and all(reference() is None for reference in alive)
 
 
 def test_the_fused_path_is_found_to_keep_what_it_promises() -> None:
