@@ -52,7 +52,8 @@ def main(options: list[str] | None = None) -> None:
     model = arguments.model or random_model(arguments)
     rows_file = arguments.out / "rows.json"
     rows_file.write_text(json.dumps(rows_of(arguments)))
-    rows = []
+    machine = torch.cuda.get_device_name() if arguments.device != "cpu" else "CPU"
+    rows: list[dict[str, Any]] = []
     for engine in arguments.engines:
         for checkpointing in arguments.checkpointing:
             job = {
@@ -64,13 +65,9 @@ def main(options: list[str] | None = None) -> None:
             job |= {"profile": str(place) if arguments.profile else None}
             rows.append(run(job, arguments.out / f"{engine}-{checkpointing}", arguments.timeout))
             print(line(rows[-1]), flush=True)
-    report = {
-        "machine": torch.cuda.get_device_name() if arguments.device != "cpu" else "CPU",
-        "arguments": options or sys.argv[1:],
-        "rows": rows,
-    }
-    (arguments.out / "train.json").write_text(json.dumps(report, indent=2))
-    print(f"\n{report['machine']}\n\n{HEAD}", *map(line, rows), sep="\n")
+            report = {"machine": machine, "arguments": options or sys.argv[1:], "rows": rows}
+            (arguments.out / "train.json").write_text(json.dumps(report, indent=2))
+    print(f"\n{machine}\n\n{HEAD}", *map(line, rows), sep="\n")
 
 
 def random_model(arguments: argparse.Namespace) -> Path:
