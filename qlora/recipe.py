@@ -10,46 +10,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from qlora.refused_args import REFUSED_TRAIN_ARGS
+
 PositiveInt = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 CALIBRATION_NAMES = ("train", "wikitext2", "c4")
 """What quantize.calibration.from takes besides hub ids, files and lists of strings."""
 CalibrationSource = str | Annotated[list[str], Field(min_length=1)]
-
-# Fields of TRL's SFTConfig that `train.args` must not touch, each with the reason.
-REFUSED_TRAIN_ARGS: dict[str, str] = {
-    "output_dir": "the run directory decides where checkpoints go",
-    "assistant_only_loss": "rows arrive with labels; use data.loss_on",
-    "completion_only_loss": "rows arrive with labels; use data.loss_on",
-    "dataset_text_field": "rows arrive tokenised; use data.train[].format",
-    "chat_template_path": "training, calibration and evaluation share one template; use data.chat_template",
-    "max_length": "rows arrive tokenised and cut; use data.max_length",
-    "packing": "rows are packed by themselves; use train.micro_batch_tokens",
-    "padding_free": "rows are packed by themselves; use train.micro_batch_tokens",
-    "eos_token": "the tokenizer and template decide where answers end; use data.chat_template",
-    "pad_token": "pad tokens never reach labels, Hessians or metrics, whatever they are",
-    "model_init_kwargs": "the base is loaded from the model section, so that the merge can reproduce it",
-    "bf16": "use model.compute_dtype",
-    "fp16": "use model.compute_dtype",
-    "use_cpu": "use device",
-    "seed": "use seed",
-    "data_seed": "use seed",
-    "report_to": "use track.to",
-    "run_name": "use name",
-    "push_to_hub": "use `qlora publish`",
-    "resume_from_checkpoint": "a run resumes by itself from its last complete checkpoint",
-    "save_strategy": "use train.checkpoint_every",
-    "save_steps": "use train.checkpoint_every",
-    "eval_strategy": "use train.evaluate_every",
-    "eval_steps": "use train.evaluate_every",
-    "load_best_model_at_end": "the adapter of the last step is what is merged and measured",
-    "gradient_checkpointing": "use train.gradient_checkpointing",
-    "per_device_train_batch_size": "use train.micro_batch_tokens",
-    "gradient_accumulation_steps": "it follows from train.batch_size and train.micro_batch_tokens",
-    "remove_unused_columns": "the trainer feeds exactly input_ids and labels",
-    "use_liger_kernel": "TRL's deprecated switch; kernels are chosen by the training path",
-    "disable_tqdm": "progress is shown by qlora",
-}
 
 
 class Section(BaseModel):
@@ -202,6 +169,8 @@ class Merge(Section):
     model is ever on disk, so it is not a rung of the ladder."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Dtype of the merged model; the sum is rounded to it once (weights that go straight to GPTQ are not rounded)."""
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+    """Of the sum to 16 bits. To nearest, updates of less than half a step are gone, most of a short training's."""
     max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
     """Largest safetensors file, in GB."""
 

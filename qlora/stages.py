@@ -134,6 +134,7 @@ def merge(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
         output,
         base=section.base,
         dtype=DTYPES[section.dtype],
+        rounding=section.rounding,
         device=run.device,
         write_weights=section.write,
         max_shard_bytes=int(section.max_shard_gb * 1e9),

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from qlora.merging.source import MergeBase, MergedSource
+from qlora.merging.source import MergeBase, MergedSource, Rounding
 from qlora.models.checkpoint import DEFAULT_SHARD_BYTES, CheckpointWriter, total_bytes
 from qlora.models.provenance import dtype_name
 from qlora.models.side_files import TEMPLATE_FOLDER, copy_side_files, edit_config
@@ -43,6 +43,7 @@ class MergeReport:
     base: MergeBase
     dtype: str
     """Dtype of merged weights on disk, and that in which the merged model computes."""
+    rounding: Rounding
     weights_written: bool
     """False: the weights were computed and checked, and exist nowhere."""
     tensors: int
@@ -69,6 +70,7 @@ def merge_adapter(
     *,
     base: MergeBase,
     dtype: torch.dtype,
+    rounding: Rounding = "stochastic",
     device: str = "cpu",
     write_weights: bool = True,
     max_shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -79,8 +81,9 @@ def merge_adapter(
     base_dir: the 16-bit base. adapter_dir: PEFT adapter with base.json; its tokenizer wins over the base's. output_dir:
     exists and is empty. base: what the adapter is added to, the dequantized weights it was trained on (exact) or the
     16-bit ones. dtype: of all linear layers that were quantized and all tensors that were trained; other tensors keep
-    their own. write_weights: False leaves them out of the directory, for `MergedSource` to compute again in float32;
-    every tensor is computed and checked all the same. progress: called with (tensors done, tensors in all, name).
+    their own. rounding: of weights with an update, to 16 bits. write_weights: False leaves them out of the directory,
+    for `MergedSource` to compute again in float32; every tensor is computed and checked all the same. progress: called
+    with (tensors done, tensors in all, name).
 
     Peak memory is a few copies of the largest tensor and a few hundred MB; the same inputs give the same bytes on the
     same kind of device. Raises UserError as `MergedSource` does; WillNotFit if the disk is too small.
@@ -88,7 +91,14 @@ def merge_adapter(
     started = time.monotonic()
     weight_dtype = dtype if write_weights else torch.float32
     source = MergedSource(
-        base_dir, adapter_dir, output_dir, base=base, dtype=dtype, weight_dtype=weight_dtype, device=device
+        base_dir,
+        adapter_dir,
+        output_dir,
+        base=base,
+        dtype=dtype,
+        weight_dtype=weight_dtype,
+        rounding=rounding,
+        device=device,
     )
     written = {name: source.spec(name) for name in source.names()} if write_weights else {}
     if write_weights:
@@ -103,6 +113,7 @@ def merge_adapter(
     return MergeReport(
         base=base,
         dtype=dtype_name(dtype),
+        rounding=rounding,
         weights_written=write_weights,
         tensors=len(source.names()),
         merged_modules=len(source.adapter.lora),

@@ -2,9 +2,9 @@
 
 Training computes dtype(dequant(quant(W)))·x + s·B(A·x), so the merged weight is
     W' = fp32(dtype(dequant(quant(W)))) + s·B·A,
-the product and the sum exact to fp64 and rounded once to the dtype asked for. Merging into W itself would add the
-quantization error W − dequant(quant(W)) that the adapter never saw; merging inside the 4-bit layer would quantize the
-adapter away.
+the product and the sum exact to fp64 and rounded once to the dtype asked for, so that an update smaller than a step of
+it is kept (`rounding`). Merging into W itself would add the quantization error W − dequant(quant(W)) that the adapter
+never saw; merging inside the 4-bit layer would quantize the adapter away.
 
 What bitsandbytes left alone and the adapter did not train (embeddings, output head, norms) keeps its bytes.
 """
@@ -21,10 +21,12 @@ from qlora.errors import Problem, UserError
 from qlora.merging.adapter import Adapter
 from qlora.merging.base_weights import QuantizedWeight, row_blocks
 from qlora.merging.plan import MergedTensor, plan_merge
+from qlora.merging.rounding import stochastic
 from qlora.models.checkpoint import CheckpointReader, TensorSpec
 from qlora.models.provenance import ABSMAX_TOLERANCE, FILE_NAME, dtype_name, read_provenance
 
 MergeBase = Literal["dequantized", "original"]
+Rounding = Literal["stochastic", "nearest"]
 
 
 class MergedSource:
@@ -33,7 +35,8 @@ class MergedSource:
     base_dir: the 16-bit base. adapter_dir: PEFT adapter with base.json. config_dir: becomes `directory`; nothing is
     read from it here. base: what the adapter is added to, the dequantized weights it was trained on (exact) or the
     16-bit ones. dtype: of all tensors that were trained or quantized; others keep their own. weight_dtype: in place of
-    `dtype`, that of linear weights; in float32 nothing is rounded between training and what reads them.
+    `dtype`, that of linear weights; in float32 nothing is rounded between training and what reads them. rounding: of
+    weights with an update, to 16 bits.
 
     Every read of a quantized layer compares it with base.json, for either base. Reads may come from any thread; each
     needs a few copies of its tensor. The same inputs give the same bytes on the same kind of device. Raises UserError
@@ -50,6 +53,7 @@ class MergedSource:
         base: MergeBase,
         dtype: torch.dtype,
         weight_dtype: torch.dtype = torch.float32,
+        rounding: Rounding = "stochastic",
         device: str,
     ) -> None:
         self.directory = Path(config_dir)
@@ -59,6 +63,7 @@ class MergedSource:
         """Largest relative difference of a layer's block scales to those of training, over all that were read."""
         self._base_reader = CheckpointReader(base_dir)
         self._base = base
+        self._rounding = rounding
         self._device = device
         plan = plan_merge(self._base_reader, self.provenance, self.adapter, dtype)
         self.untied = plan.untied
@@ -113,7 +118,10 @@ class MergedSource:
                 block = weight[rows].to(self._device).to(self.provenance.load_dtype).float()
             if update is not None:
                 block = update.apply(block, rows)
-            block = block.to(dtype)
+            if update is not None and self._rounding == "stochastic":
+                block = stochastic(block, dtype, f"{module} {rows.start}")
+            else:
+                block = block.to(dtype)
             if not torch.isfinite(block).all():
                 raise UserError(
                     f"{module}: merged weights are infinite or not a number in {dtype_name(dtype)}",

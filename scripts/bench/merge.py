@@ -1,14 +1,15 @@
-"""Four ways to merge a QLoRA adapter, beside each other: distance to the trained model, seconds, peak memory.
+"""Five ways to merge a QLoRA adapter, beside each other: distance to the trained model, seconds, peak memory.
 
     python scripts/bench/merge.py --model MODEL --train train.jsonl --eval test.jsonl --out DIR
-        [--rows N] [--eval-rows N] [--epochs E] [--seed S] [--device auto|cpu|cuda]
+        [--rows N] [--eval-rows N] [--epochs E] [--learning-rate R] [--seed S] [--device auto|cpu|cuda]
 
 MODEL is a local directory, a .gguf file or a hub id of a chat model. The JSONL files hold GSM8K's columns `question`
 and `answer`, or any format that a recipe takes. Trains with `qlora train`, then merges
-  1. ours, into the dequantized base (fp32, one rounding), as `qlora merge`
-  2. ours, into the original 16-bit base
-  3. PEFT's merge_and_unload into `model.dequantize()`
-  4. PEFT's merge_and_unload into the NF4 layers, its default
+  1. ours, into the dequantized base (fp32, one stochastic rounding), as `qlora merge`
+  2. the same, rounded to nearest
+  3. ours, into the original 16-bit base
+  4. PEFT's merge_and_unload into `model.dequantize()`
+  5. PEFT's merge_and_unload into the NF4 layers, its default
 Prints a Markdown table and writes it with all figures to DIR/merge.json. Memory is the process's high-water mark while
 merging: on a GPU the allocator's, on a CPU the resident set.
 """
@@ -46,11 +47,12 @@ def main() -> None:
     def base(quantized: bool):
         return load_base(run.base.directory, recipe.model, device, quantized=quantized)
 
-    def ours(kind: str):
-        target = arguments.out / f"merged-{kind}"
+    def ours(kind: str, rounding: str = "stochastic"):
+        target = arguments.out / f"merged-{kind}-{rounding}"
         target.mkdir(exist_ok=True)
-        with measured() as costs[f"ours {kind}"]:
-            merge_adapter(run.base.directory, adapter, target, base=kind, dtype=torch.bfloat16, device=device)
+        options = {"base": kind, "dtype": torch.bfloat16, "rounding": rounding, "device": device}
+        with measured() as costs[f"ours {kind}" if rounding == "stochastic" else f"ours {rounding}"]:
+            merge_adapter(run.base.directory, adapter, target, **options)
         return load_plain(target, device=device)
 
     def peft(kind: str):
@@ -65,6 +67,7 @@ def main() -> None:
         Rung("nf4", "base, NF4 + double quantization", lambda: base(quantized=True).eval()),
         Rung("trained", "trained: NF4 + LoRA", lambda: load_trained(base(quantized=True), adapter)),
         Rung("ours dequantized", "qlora merge (dequantized base)", lambda: ours("dequantized")),
+        Rung("ours nearest", "the same, merge.rounding: nearest", lambda: ours("dequantized", "nearest")),
         Rung("peft dequantized", "PEFT merge into model.dequantize()", lambda: peft("dequantized")),
         Rung("ours original", "qlora merge, merge.base: original", lambda: ours("original")),
         Rung("peft nf4", "PEFT merge into the NF4 layers (its default)", lambda: peft("nf4")),
@@ -87,7 +90,7 @@ def main() -> None:
 
 
 def recipe_for(arguments: argparse.Namespace) -> dict:
-    """A recipe in the peers' setting: r=16, alpha 32, all linear layers, learning rate 4e-4, 16 rows a step."""
+    """A recipe in the peers' setting: r=16, alpha 32, all linear layers, 16 rows a step."""
     return {
         "name": "bench-merge",
         "output_dir": str(arguments.out / "runs"),
@@ -102,8 +105,8 @@ def recipe_for(arguments: argparse.Namespace) -> dict:
         "train": {
             "epochs": arguments.epochs,
             "batch_size": 16,
-            "learning_rate": 4e-4,
-            "warmup_steps": 20,
+            "learning_rate": arguments.learning_rate,
+            "warmup_steps": min(20, max(1, (arguments.rows or 7473) // 160)),
             "gradient_checkpointing": False,
             "log_every": 10,
         },
@@ -132,6 +135,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="training rows (default: all)")
     parser.add_argument("--eval-rows", type=int, default=400)
     parser.add_argument("--epochs", type=float, default=1.0)
+    parser.add_argument("--learning-rate", type=float, default=4e-4)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()

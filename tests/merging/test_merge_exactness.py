@@ -12,7 +12,7 @@ import bitsandbytes
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from qlora.merging import MergeReport, merge_adapter
@@ -106,11 +106,59 @@ def test_each_tensor_is_the_formula(
     expected = expected_weights(trained.model)
     assert len(expected) >= 14
     for dtype in (torch.float32, torch.bfloat16):
-        merge(trained, tmp_path / str(dtype), dtype=dtype)
+        merge(trained, tmp_path / str(dtype), dtype=dtype, rounding="nearest")
         merged = load_file(tmp_path / str(dtype) / "model.safetensors")
         for name, weight in expected.items():
             assert merged[name].dtype == dtype
             assert torch.equal(merged[name], weight.to(dtype)), name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+def test_an_update_of_less_than_a_step_is_kept(
+    train: Callable[..., Any], tmp_path: Path, base: str, dtype: torch.dtype
+) -> None:
+    """What is left of the update, by projection on it: all, where rounding to nearest loses most."""
+    trained = train(compute_dtype=torch.bfloat16)
+    adapter = trained.adapter / "adapter_model.safetensors"
+    small = {name: tensor / 20000 if "lora_B" in name else tensor for name, tensor in load_file(adapter).items()}
+    save_file(small, adapter, metadata={"format": "pt"})
+    weights = {}
+    for name, options in (
+        ("exact", {"dtype": torch.float32}),
+        ("stochastic", {"dtype": dtype}),
+        ("again", {"dtype": dtype}),
+        ("nearest", {"dtype": dtype, "rounding": "nearest"}),
+    ):
+        report = merge(trained, tmp_path / name, base=base, **options)
+        assert report.rounding == options.get("rounding", "stochastic")
+        weights[name] = load_file(tmp_path / name / "model.safetensors")
+    (tmp_path / "none").mkdir()
+    save_file(
+        {name: torch.zeros_like(tensor) if "lora_B" in name else tensor for name, tensor in small.items()}, adapter
+    )
+    merge_adapter(trained.base, trained.adapter, tmp_path / "none", base=base, dtype=torch.float32)
+    before = load_file(tmp_path / "none" / "model.safetensors")
+    kept = {"stochastic": [0.0, 0.0], "nearest": [0.0, 0.0]}
+    for name, exact in weights["exact"].items():
+        if not name.endswith("_proj.weight"):
+            assert torch.equal(weights["stochastic"][name], weights["nearest"][name])
+            continue
+        update = (exact - before[name]).double()
+        assert torch.equal(weights["stochastic"][name], weights["again"][name])
+        for rounding, sums in kept.items():
+            change = weights[rounding][name].double() - before[name]
+            sums[0] += (change * update).sum().item()
+            sums[1] += (update * update).sum().item()
+        # Never further than the next number on either side.
+        step = torch.exp2(torch.floor(torch.log2(exact.abs())) - (7 if dtype == torch.bfloat16 else 10)).clamp(
+            min=2**-24
+        )
+        assert ((weights["stochastic"][name].float() - exact).abs() <= step).all()
+    shares = {rounding: change / whole for rounding, (change, whole) in kept.items()}
+    assert abs(shares["stochastic"] - 1) < 0.1, shares
+    if dtype == torch.bfloat16:
+        assert shares["nearest"] < 0.7, shares
 
 
 def test_what_was_not_trained_keeps_its_bytes(train: Callable[..., Any], tmp_path: Path) -> None:

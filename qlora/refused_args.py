@@ -1,0 +1,37 @@
+"""Fields of TRL's SFTConfig that `train.args` must not touch, each with the reason."""
+
+from __future__ import annotations
+
+REFUSED_TRAIN_ARGS: dict[str, str] = {
+    "output_dir": "the run directory decides where checkpoints go",
+    "assistant_only_loss": "rows arrive with labels; use data.loss_on",
+    "completion_only_loss": "rows arrive with labels; use data.loss_on",
+    "dataset_text_field": "rows arrive tokenised; use data.train[].format",
+    "chat_template_path": "training, calibration and evaluation share one template; use data.chat_template",
+    "max_length": "rows arrive tokenised and cut; use data.max_length",
+    "packing": "rows are packed by themselves; use train.micro_batch_tokens",
+    "padding_free": "rows are packed by themselves; use train.micro_batch_tokens",
+    "eos_token": "the tokenizer and template decide where answers end; use data.chat_template",
+    "pad_token": "pad tokens never reach labels, Hessians or metrics, whatever they are",
+    "model_init_kwargs": "the base is loaded from the model section, so that the merge can reproduce it",
+    "bf16": "use model.compute_dtype",
+    "fp16": "use model.compute_dtype",
+    "use_cpu": "use device",
+    "seed": "use seed",
+    "data_seed": "use seed",
+    "report_to": "use track.to",
+    "run_name": "use name",
+    "push_to_hub": "use `qlora publish`",
+    "resume_from_checkpoint": "a run resumes by itself from its last complete checkpoint",
+    "save_strategy": "use train.checkpoint_every",
+    "save_steps": "use train.checkpoint_every",
+    "eval_strategy": "use train.evaluate_every",
+    "eval_steps": "use train.evaluate_every",
+    "load_best_model_at_end": "the adapter of the last step is what is merged and measured",
+    "gradient_checkpointing": "use train.gradient_checkpointing",
+    "per_device_train_batch_size": "use train.micro_batch_tokens",
+    "gradient_accumulation_steps": "it follows from train.batch_size and train.micro_batch_tokens",
+    "remove_unused_columns": "the trainer feeds exactly input_ids and labels",
+    "use_liger_kernel": "TRL's deprecated switch; kernels are chosen by the training path",
+    "disable_tqdm": "progress is shown by qlora",
+}
