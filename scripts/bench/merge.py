@@ -2,6 +2,7 @@
 
     python scripts/bench/merge.py --model MODEL --train train.jsonl --eval test.jsonl --out DIR
         [--rows N] [--eval-rows N] [--epochs E] [--learning-rate R] [--seed S] [--device auto|cpu|cuda]
+        [--evaluate-in float32]
 
 MODEL is a local directory, a .gguf file or a hub id of a chat model. The JSONL files hold GSM8K's columns `question`
 and `answer`, or any format that a recipe takes. Trains with `qlora train`, then merges
@@ -11,7 +12,8 @@ and `answer`, or any format that a recipe takes. Trains with `qlora train`, then
   4. PEFT's merge_and_unload into `model.dequantize()`
   5. PEFT's merge_and_unload into the NF4 layers, its default
 Prints a Markdown table and writes it with all figures to DIR/merge.json. Memory is the process's high-water mark while
-merging: on a GPU the allocator's, on a CPU the resident set.
+merging: on a GPU the allocator's, on a CPU the resident set. All models compute in bf16, as in training; in float32
+they differ by their weights alone, not by where each rounds its activations.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import argparse
 import json
 import platform
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -29,7 +32,7 @@ from qlora.artifacts import write_json
 from qlora.evaluation.ladder import Rung, Settings, climb, release_memory
 from qlora.measure import measured
 from qlora.merging import merge_adapter
-from qlora.models.loading import load_base, load_plain, load_trained
+from qlora.models.loading import DTYPES, load_base, load_plain, load_trained
 from qlora.pipeline import Pipeline
 from qlora.recipe import Recipe
 from qlora.stages import Run
@@ -44,8 +47,11 @@ def main() -> None:
     run = Run(recipe)
     adapter, device, costs = run.dirs.adapter, run.device, {}
 
-    def base(quantized: bool):
-        return load_base(run.base.directory, recipe.model, device, quantized=quantized)
+    exactly = {"compute_dtype": arguments.evaluate_in or recipe.model.compute_dtype}
+    dtype = DTYPES[exactly["compute_dtype"]]
+
+    def base(quantized: bool, model=recipe.model):
+        return load_base(run.base.directory, model, device, quantized=quantized)
 
     def ours(kind: str, rounding: str = "stochastic"):
         target = arguments.out / f"merged-{kind}-{rounding}"
@@ -53,19 +59,20 @@ def main() -> None:
         options = {"base": kind, "dtype": torch.bfloat16, "rounding": rounding, "device": device}
         with measured() as costs[f"ours {kind}" if rounding == "stochastic" else f"ours {rounding}"]:
             merge_adapter(run.base.directory, adapter, target, **options)
-        return load_plain(target, device=device)
+        return load_plain(target, dtype, device)
 
     def peft(kind: str):
         with measured() as costs[f"peft {kind}"]:
             model = base(quantized=True)
             model = model.dequantize() if kind == "dequantized" else model
             merged = load_trained(model, adapter).merge_and_unload()
-        return merged.eval()
+        return merged.to(dtype).eval() if kind == "dequantized" else merged.eval()
 
+    measured_base = partial(base, model=recipe.model.model_copy(update=exactly))
     rungs = [
-        Rung("base", "base, bf16", lambda: base(quantized=False).eval()),
-        Rung("nf4", "base, NF4 + double quantization", lambda: base(quantized=True).eval()),
-        Rung("trained", "trained: NF4 + LoRA", lambda: load_trained(base(quantized=True), adapter)),
+        Rung("base", "base, bf16", lambda: measured_base(quantized=False).eval()),
+        Rung("nf4", "base, NF4 + double quantization", lambda: measured_base(quantized=True).eval()),
+        Rung("trained", "trained: NF4 + LoRA", lambda: load_trained(measured_base(quantized=True), adapter)),
         Rung("ours dequantized", "qlora merge (dequantized base)", lambda: ours("dequantized")),
         Rung("ours nearest", "the same, merge.rounding: nearest", lambda: ours("dequantized", "nearest")),
         Rung("peft dequantized", "PEFT merge into model.dequantize()", lambda: peft("dequantized")),
@@ -136,6 +143,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--eval-rows", type=int, default=400)
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--learning-rate", type=float, default=4e-4)
+    parser.add_argument("--evaluate-in", choices=("float32",))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     return parser.parse_args()
