@@ -391,8 +391,8 @@ def test_a_missed_gate_ends_with_3_and_keeps_the_artefacts(finished, capsys):
     path, run_dir, _ = finished
     for _ in range(2):  # also when nothing is left to do
         with pytest.raises(GateFailed) as caught:
-            run(path, "evaluate.gates={top1: 0.999999, kl: 1.0e-9}")
-        assert {p.where for p in caught.value.problems} == {"evaluate.gates.kl", "evaluate.gates.top1"}
+            run(path, "evaluate.gates={merge_kl: 1.0e-12, kl: 1.0e-9}")
+        assert {p.where for p in caught.value.problems} == {"evaluate.gates.kl", "evaluate.gates.merge_kl"}
     assert caught.value.exit_code == 3
     assert (run_dir / "gptq" / "model.safetensors").is_file()
     assert "The ladder" in capsys.readouterr().out
