@@ -14,6 +14,7 @@ from qlora.artifacts import read_json
 from qlora.errors import UserError, WillNotFit
 from qlora.evaluation.generation import generate
 from qlora.models.loading import load_base
+from qlora.pipeline import Pipeline
 from qlora.recipe_file import load_recipe
 from qlora.stages import Run
 from qlora.training import sft
@@ -298,30 +299,29 @@ def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, laun
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     script = Path(__file__).parents[2] / "scripts" / "train.py"
     path = tiny_recipe(**sections)
+    alone = load_recipe(path, (f"output_dir={tmp_path / '1'}",))
+    Pipeline(alone).run_stage("train")
+    options = [str(path), f"output_dir={tmp_path / '2'}"]
+    if launch == "accelerate":
+        flags = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        flags += ["--main_process_port", "0", "--multi_gpu"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script), *options]
+    else:
+        command = [sys.executable, "-m", "qlora", "run", *options, "train.processes=2"]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("train      …") == 1
     adapters = []
     for processes in (1, 2):
-        options = [str(path), f"output_dir={tmp_path / str(processes)}"]
-        if launch == "accelerate":
-            flags = ["--num_processes", str(processes), "--num_machines", "1", "--mixed_precision", "no"]
-            flags += ["--dynamo_backend", "no", "--main_process_port", "0", *(["--multi_gpu"] if processes > 1 else [])]
-            command = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script), *options]
-        else:
-            command = [sys.executable, "-m", "qlora", "run", *options, f"train.processes={processes}"]
-        result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-        assert result.returncode == 0, result.stdout + result.stderr
         run_dir = tmp_path / str(processes) / "tiny"
         adapters.append(load_file(run_dir / "adapter" / "adapter_model.safetensors"))
-        assert result.stdout.count("train      …") == 1
-        lineage = read_json(run_dir / "lineage.json")["stages"]
-        assert lineage["train"]["metrics"]["processes"] == processes
-        assert lineage["train"]["metrics"]["steps"] == 3
+        metrics = read_json(run_dir / "lineage.json")["stages"]["train"]["metrics"]
+        assert (metrics["processes"], metrics["steps"]) == (processes, 3)
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=2e-3, atol=2e-4)
 
 
 def test_a_profile_is_a_trace_and_a_table(tiny_recipe, tmp_path):
-    from qlora.pipeline import Pipeline
-
     recipe = load_recipe(tiny_recipe(output_dir=str(tmp_path)), ("train.profile=true", "train.max_steps=2"))
     Pipeline(recipe).run_stage("train")
     directory = tmp_path / "tiny" / "profile"
