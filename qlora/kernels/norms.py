@@ -1,8 +1,8 @@
 """RMS norms on a GPU in one kernel, where a model's own code takes seven, each of which goes through memory.
 
 y = w · x / √(mean(x²) + ε) (Zhang and Sennrich 2019, arXiv:1910.07467). With x̂ = x / √(…) and g = w·dy, backwards
-dx = (g − x̂ · mean(x̂·g)) / √(…). `add_norm` also does the addition before the norm, and adds the gradient that arrives
-beside the norm's: what a decoder layer does with its residual stream.
+dx = (g − x̂ · mean(x̂·g)) / √(…). `after_adding` also does the addition before the norm, and adds the gradient that
+arrives beside the norm's: what a decoder layer does with its residual stream.
 
 Shapes: T tokens, D width.
 """
@@ -99,14 +99,6 @@ def fuse_rms_norms(module: nn.Module, *, device: str = "cuda", note_source: bool
             norm.forward = types.MethodType(forward, norm)
             fused += 1
     return fused
-
-
-def add_norm(
-    x: torch.Tensor, delta: torch.Tensor | None, gain_D: torch.Tensor, epsilon: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(x + delta, the norm of that), [..., D] in the dtype of x; the gain must not require a gradient."""
-    total, normed, _ = _AddNorm.apply(x, delta, gain_D, epsilon)
-    return total, normed
 
 
 class _AddNorm(torch.autograd.Function):

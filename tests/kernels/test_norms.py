@@ -1,10 +1,12 @@
 """The norm after an addition against plain autograd in float64, and modules that are RMS norms or are not."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
-from qlora.kernels.norms import SOURCE, RmsNorm, add_norm, fuse_rms_norms, recognized
+from qlora.kernels.norms import SOURCE, RmsNorm, fuse_rms_norms, recognized
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 CASES = [
@@ -45,7 +47,7 @@ def test_values_and_gradients_are_those_of_float64(device, dtype, tolerance, add
     exact = [each.detach().double().requires_grad_() for each in (x, delta)]
     total = exact[0] + exact[1] if adds else exact[0]
     normed = total * torch.rsqrt(total.square().mean(-1, keepdim=True) + EPSILON) * gain.double()
-    found = add_norm(x, delta if adds else None, gain, EPSILON)
+    found = RmsNorm(EPSILON, 0).after_adding(SimpleNamespace(weight=gain), x, delta if adds else None)
     wanted = {"both": (0, 1), "sum": (0,), "norm": (1,)}[used]
     torch.autograd.backward([(total, normed)[i] for i in wanted], [upstream[i].double() for i in wanted])
     torch.autograd.backward([found[i] for i in wanted], [upstream[i] for i in wanted])
