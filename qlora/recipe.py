@@ -40,12 +40,18 @@ class Model(Section):
     """How the frozen base is held during training: bitsandbytes 4-bit, or `none` for 16-bit LoRA."""
     double_quant: bool = True
     """Quantize the block scales too (0.37 bits per parameter less)."""
-    compute_dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Dtype of activations, dequantized weights and all that is not 4-bit. float32 is for tests on small models."""
+    compute_dtype: Literal["bfloat16", "float8", "float32"] = "bfloat16"
+    """Dtype of activations, dequantized weights and all that is not 4-bit. float8: bfloat16, but training multiplies
+    with frozen weights in 8 bits, which is faster and rounds more. float32 is for tests on small models."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention of transformers. flash_attention_2 needs its own package."""
     trust_remote_code: bool = False
     """Run model code that comes with a checkpoint. Off unless you read that code."""
+
+    @property
+    def dtype(self) -> Literal["bfloat16", "float32"]:
+        """What tensors are kept in; the merge and the ladder compute in it too."""
+        return "bfloat16" if self.compute_dtype == "float8" else self.compute_dtype
 
 
 class Source(Section):
@@ -360,6 +366,17 @@ class Recipe(Section):
         if self.quantize.engine == "gptqmodel" and not self.merge.write:
             raise ValueError(
                 "quantize.engine: gptqmodel reads the merged weights from disk, so it needs merge.write: true"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _float8_is_of_the_fused_path(self) -> Recipe:
+        if self.model.compute_dtype == "float8" and (
+            self.model.quantization == "none" or self.train.kernels == "plain"
+        ):
+            raise ValueError(
+                "model.compute_dtype: float8 is how the fused path multiplies with a 4-bit base: it needs "
+                "model.quantization: nf4 or fp4, and train.kernels: auto"
             )
         return self
 

@@ -270,7 +270,7 @@ def _rungs(run: Run) -> list[Any]:
     from qlora.models.loading import DTYPES, load_base, load_gptq, load_plain, load_trained
 
     model, device, quantized = run.recipe.model, run.device, run.recipe.model.quantization != "none"
-    dtype = DTYPES[model.compute_dtype]
+    dtype = DTYPES[model.dtype]
     load = partial(load_base, run.base.directory, model, device)
     kind = model.quantization.upper()
     options: dict[str, Any] = {

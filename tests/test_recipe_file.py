@@ -83,6 +83,10 @@ def test_extends_in_a_circle_and_a_missing_parent(tmp_path):
         ("model: {base: a}\n", "name is missing"),
         (GOOD + "quantize: {method: awq}\n", "method: awq needs engine: gptqmodel; sym: false"),
         (GOOD + "quantize: {engine: gptqmodel}\nmerge: {write: false}\n", "needs merge.write: true"),
+        (
+            GOOD.replace("base:", "compute_dtype: float8, base:") + "train: {kernels: plain}\n",
+            "float8 is how the fused",
+        ),
         (GOOD + "quantize: {calibration: {path: a.txt}}\n", "known here: from, samples, max_length, mix"),
         (GOOD + "quantize: {modules: {mlp: {bit: 8}}}\n", "did you mean bits?"),
     ],

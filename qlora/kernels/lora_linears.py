@@ -23,6 +23,8 @@ from typing import Any
 
 import torch
 
+from qlora.kernels import float8
+from qlora.kernels.float8 import Float8Weight, rows_of
 from qlora.kernels.four_bit import FourBitWeight, dequantize
 from qlora.kernels.low_rank import add_low_rank_
 
@@ -33,10 +35,12 @@ _buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 class FrozenLinear:
     """What does not learn of one linear, and how its adapter is scaled."""
 
-    weight: FourBitWeight | torch.Tensor
+    weight: FourBitWeight | Float8Weight | torch.Tensor
     """Quantized, or [N, K] in the dtype of x."""
     bias_N: torch.Tensor | None
     scaling: float
+    float8: bool = False
+    """Products with it are in 8 bits (`float8`), those with the adapter in the dtype of x."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +131,13 @@ def kept_input(x_TK: torch.Tensor, source: Source | None) -> list[torch.Tensor]:
 def products(x_TK: torch.Tensor, linears: Sequence[FrozenLinear]) -> list[torch.Tensor]:
     """x·W_iᵀ + b_i of every linear."""
     outputs = []
+    x_8 = rows_of(x_TK) if any(linear.float8 for linear in linears) else None
     for linear in linears:
-        outputs.append(torch.nn.functional.linear(x_TK, _dense(linear.weight, x_TK.dtype), linear.bias_N))
+        if x_8 is not None and linear.float8:
+            output_TN = float8.product(x_8, _in_8_bits(linear.weight, x_TK.dtype, backwards=False), fast=True)
+            outputs.append(output_TN if linear.bias_N is None else output_TN.add_(linear.bias_N))
+        else:
+            outputs.append(torch.nn.functional.linear(x_TK, _dense(linear.weight, x_TK.dtype), linear.bias_N))
     return outputs
 
 
@@ -164,9 +173,17 @@ def gradient_of_input(
     grads: Sequence[torch.Tensor], u_TR: torch.Tensor | None, linears: Sequence[FrozenLinear], copies: Copies
 ) -> torch.Tensor:
     """dx; without what comes through the adapters if there is no u."""
-    grad_x_TK = grads[0] @ _dense(linears[0].weight, grads[0].dtype)
-    for linear, grad_TN in zip(linears[1:], grads[1:], strict=True):
-        grad_x_TK.addmm_(grad_TN, _dense(linear.weight, grad_TN.dtype))
+    grad_x_TK = None
+    for linear, grad_TN in zip(linears, grads, strict=True):
+        if linear.float8:
+            weight_8 = _in_8_bits(linear.weight, grad_TN.dtype, backwards=True)
+            found_TK = float8.product(rows_of(grad_TN), weight_8, fast=False)
+            grad_x_TK = found_TK if grad_x_TK is None else grad_x_TK.add_(found_TK)
+        elif grad_x_TK is None:
+            grad_x_TK = grad_TN @ _dense(linear.weight, grad_TN.dtype)
+        else:
+            grad_x_TK.addmm_(grad_TN, _dense(linear.weight, grad_TN.dtype))
+    assert grad_x_TK is not None
     return grad_x_TK if u_TR is None else add_low_rank_(grad_x_TK, u_TR, copies.down_RK.T)
 
 
@@ -194,8 +211,9 @@ def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torc
     return (left @ right).to(dtype)
 
 
-def _dense(weight: FourBitWeight | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _dense(weight: FourBitWeight | Float8Weight | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[N, K]; a dequantized weight is valid until the next one is asked for."""
+    assert not isinstance(weight, Float8Weight), "a weight in 8 bits is multiplied with as it is"
     if isinstance(weight, torch.Tensor):
         return weight
     key = (weight.packed.device, dtype)
@@ -203,6 +221,16 @@ def _dense(weight: FourBitWeight | torch.Tensor, dtype: torch.dtype) -> torch.Te
     if buffer is None or buffer.numel() < weight.numel:
         buffer = _buffers[key] = torch.empty(weight.numel, dtype=dtype, device=weight.packed.device)
     return dequantize(weight, dtype, buffer[: weight.numel])
+
+
+def _in_8_bits(
+    weight: FourBitWeight | Float8Weight | torch.Tensor, dtype: torch.dtype, *, backwards: bool
+) -> float8.Rows:
+    """Summed over its inputs, or backwards over its outputs."""
+    if isinstance(weight, Float8Weight):
+        return weight.backwards if backwards else weight.forwards
+    dense_NK = _dense(weight, dtype)
+    return rows_of(dense_NK.T if backwards else dense_NK)
 
 
 def free_buffers() -> None:

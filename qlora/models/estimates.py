@@ -84,7 +84,7 @@ def _merging_seconds(shapes: ModelShapes, machine: Machine) -> float:
 
 
 def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Machine) -> StageEstimate:
-    itemsize = BYTES[recipe.model.compute_dtype]
+    itemsize = BYTES[recipe.model.dtype]
     rows = work.evaluation
     batch = recipe.evaluate.batch_size * rows.longest
     answers = recipe.evaluate.batch_size * work.eval_longest_answer

@@ -54,9 +54,9 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
 
 
 def load_base(directory: Path, model: Model, device: str, *, quantized: bool) -> PreTrainedModel:
-    """The frozen base in `model.compute_dtype`, its linear layers in bitsandbytes 4-bit if `quantized`."""
+    """The frozen base in the recipe's dtype, its linear layers in bitsandbytes 4-bit if `quantized`."""
     options: dict[str, Any] = {
-        "dtype": DTYPES[model.compute_dtype],
+        "dtype": DTYPES[model.dtype],
         "device_map": {"": device},
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": model.trust_remote_code,
@@ -78,7 +78,7 @@ def bitsandbytes_config(model: Model) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type=model.quantization,
         bnb_4bit_use_double_quant=model.double_quant,
-        bnb_4bit_compute_dtype=DTYPES[model.compute_dtype],
+        bnb_4bit_compute_dtype=DTYPES[model.dtype],
     )
 
 

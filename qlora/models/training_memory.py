@@ -71,7 +71,7 @@ class Trained:
 
     @property
     def itemsize(self) -> int:
-        return BYTES[self.recipe.model.compute_dtype]
+        return BYTES[self.recipe.model.dtype]
 
     @property
     def quantized(self) -> int:
@@ -107,7 +107,10 @@ class Trained:
         head, work = self._head_bytes(one.tokens), round(self.working_bytes * one.tokens)
         first = (shapes.layers - one.recomputed) * kept
         again = kept if one.recomputed else 0
-        dequantized = (1 if self.fused else 2) * itemsize if self.quantized and one.dense < shapes.layers else 0
+        # In 8 bits a weight is also turned around, and comes to half of that.
+        float8 = self.recipe.model.compute_dtype == "float8"
+        dequantized = (2.5 if float8 else 1 if self.fused else 2) * itemsize
+        dequantized = dequantized if self.quantized and one.dense < shapes.layers else 0
         inputs = min(one.recomputed, OFFLOADED_ON_DEVICE) if one.offloaded else one.recomputed
         at_the_head = first + max(head, work) > again + work
         on_host = itemsize * shapes.embeddings if one.offloaded and self.fused else 0
@@ -119,7 +122,7 @@ class Trained:
             "saved activations": first if at_the_head else again,
             "output head or backward": max(head, work) if at_the_head else work,
             "workspaces of cuBLAS": WORKSPACES if self.machine.on_gpu else 0,
-            "dequantized weights": dequantized * max(linear.parameters for linear in shapes.linears),
+            "dequantized weights": round(dequantized * max(linear.parameters for linear in shapes.linears)),
             "weights in 16 bits too": itemsize * self.quantized * one.dense // shapes.layers,
         }
 
@@ -169,7 +172,10 @@ class Trained:
             return 0  # the plain path's layers are counted with all that they hold
         # Others take the place of what was kept.
         gradients = 1 if self.recipe.lora.r * self.itemsize <= MOST_RANK_BYTES else 4
-        return self.itemsize * (gradients * self.shapes.feed_forward_size + 2 * self.shapes.hidden_size)
+        width, hidden = self.shapes.feed_forward_size, self.shapes.hidden_size
+        # In 8 bits: one of them again, and a product that is yet to be added.
+        again = width + self.itemsize * hidden if self.recipe.model.compute_dtype == "float8" else 0
+        return self.itemsize * (gradients * width + 2 * hidden) + again
 
     def _head_bytes(self, tokens: int) -> int:
         hidden = self.itemsize * tokens * self.shapes.hidden_size
@@ -216,7 +222,7 @@ def plan(trained: Trained, divisions: Iterable[tuple[int, int]], step_tokens: fl
 
 def base_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     """The frozen base as training holds it."""
-    rest = BYTES[recipe.model.compute_dtype]
+    rest = BYTES[recipe.model.dtype]
     if recipe.model.quantization == "none":
         return shapes.total * rest
     per_parameter = DOUBLE_QUANT_BYTES if recipe.model.double_quant else FOUR_BIT_BYTES

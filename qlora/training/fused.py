@@ -22,6 +22,7 @@ from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from qlora.kernels.float8 import Float8Weight, takes
 from qlora.kernels.four_bit import FourBitWeight, dequantize
 from qlora.kernels.gated_mlp import Activation, gated_mlp
 from qlora.kernels.head_loss import head_loss
@@ -36,6 +37,7 @@ BLOCK = ("gate_proj", "up_proj", "down_proj")
 HEAD_INPUTS = ("targets", "predicting")
 # Relative, of a block against its own forward: two orders of rounding in the dtype.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03, torch.float16: 0.005}
+TOLERANCE_OF_FLOAT8 = 0.15
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Fused:
     layers: Sequence[_Layer] = field(repr=False)
 
     def keep_dense(self, share: float = 1.0) -> None:
-        """Keep the first of the quantized weights in 16 bits too: the same bits, and not dequantized again."""
+        """Keep the first of the quantized weights in what products take too: the same, and not dequantized again."""
         dense = self.layers[: round(share * len(self.layers))]
         for layer in dense:
             layer.keep_dense()
@@ -63,19 +65,23 @@ class Fused:
             free_buffers()
 
 
-def fuse(model: nn.Module) -> Fused:
-    """Put the adapter layers of a PEFT model with one adapter on the fused path, where they can be."""
+def fuse(model: nn.Module, *, float8: bool = False) -> Fused:
+    """Put the adapter layers of a PEFT model with one adapter on the fused path, where they can be.
+
+    float8: their products with frozen weights in 8 bits.
+    """
     plain: Counter[str] = Counter()
     linears = blocks = 0
     every: list[_Layer] = []
     copies = _AdapterCopies()
+    tolerance = TOLERANCE_OF_FLOAT8 if float8 else None
     fuse_rotary(model)
     norms = fuse_rms_norms(model, device=next(model.parameters()).device.type, note_source=True)
     for parent in list(model.modules()):
         children = {name: child for name, child in parent.named_children() if isinstance(child, LoraLayer)}
         reasons = {name: reason for name, child in children.items() if (reason := obstacle(child))}
         plain.update(reasons.values())
-        layers = {name: _Layer(child) for name, child in children.items() if name not in reasons}
+        layers = {name: _Layer(child, float8) for name, child in children.items() if name not in reasons}
         linears += len(layers)
         every += layers.values()
         together = [[name for name in names if name in layers] for names in SIBLINGS]
@@ -88,11 +94,11 @@ def fuse(model: nn.Module) -> Fused:
                 _SharedInput(members, copied[tuple(names)])
         if all(name in layers for name in BLOCK):
             both = copied[BLOCK[:2]], copied[BLOCK[2:]]
-            blocks += _fuse_block(parent, [layers[name] for name in BLOCK], both)
+            blocks += _fuse_block(parent, [layers[name] for name in BLOCK], both, tolerance)
     residuals = 0
     if linears:
         causal: Any = model.get_base_model()  # type: ignore[operator]
-        residuals = fuse_layers(causal, TOLERANCE[causal.dtype])
+        residuals = fuse_layers(causal, tolerance or TOLERANCE[causal.dtype])
         # Whoever calls the model in whatever way goes through its decoder.
         getattr(causal, causal.base_model_prefix).register_forward_pre_hook(copies.refresh)
     return Fused(linears, blocks, norms, residuals, dict(plain), every)
@@ -201,25 +207,27 @@ def obstacle(layer: LoraLayer) -> str | None:
 class _Layer:
     """One adapter layer, its frozen half in the form that kernels take."""
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: Any, float8: bool) -> None:
         self.module = module
         (self._adapter,) = module.active_adapters
         self.plain: Callable[..., torch.Tensor] = self.module.forward
         base = module.get_base_layer()
         self.quantized = isinstance(base, Linear4bit)
         self._base: Any = base
-        self._dense: torch.Tensor | None = None
+        self._float8 = float8 and takes(base.out_features, base.in_features)
+        self._kept: torch.Tensor | Float8Weight | None = None
 
     def keep_dense(self) -> None:
         if self.quantized:
-            self._dense = dequantize(FourBitWeight.of(self._base.weight), self._base.compute_dtype)
+            weight = dequantize(FourBitWeight.of(self._base.weight), self._base.compute_dtype)
+            self._kept = Float8Weight.of(weight) if self._float8 else weight
 
     @property
     def frozen(self) -> FrozenLinear:
-        weight = self._base.weight if self._dense is None else self._dense
-        if self.quantized and self._dense is None:
+        weight = self._base.weight if self._kept is None else self._kept
+        if self.quantized and self._kept is None:
             weight = FourBitWeight.of(self._base.weight)
-        return FrozenLinear(weight, self._base.bias, self.module.scaling[self._adapter])
+        return FrozenLinear(weight, self._base.bias, self.module.scaling[self._adapter], self._float8)
 
     @property
     def matrices(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,8 +311,13 @@ class _SharedInput:
         return [output.view(*x.shape[:-1], -1) for output in outputs]
 
 
-def _fuse_block(block: nn.Module, layers: Sequence[_Layer], copies: tuple[Copies, Copies]) -> bool:
-    """Give a gated feed-forward block one operation for a forward. False, and nothing done, if that is not the same."""
+def _fuse_block(
+    block: nn.Module, layers: Sequence[_Layer], copies: tuple[Copies, Copies], tolerance: float | None
+) -> bool:
+    """Give a gated feed-forward block one operation for a forward. False, and nothing done, if that is not the same.
+
+    tolerance: relative; by the dtype if there is none.
+    """
     activation = _activation(getattr(block, "act_fn", None))
     weight = layers[0].matrices[0]
     if activation is None:
@@ -327,7 +340,7 @@ def _fuse_block(block: nn.Module, layers: Sequence[_Layer], copies: tuple[Copies
     x = torch.randn(4, weight.shape[1], generator=generator).to(weight.device, dtype)
     with torch.no_grad():
         expected, found = plain(x), forward(x)
-    if (found - expected).float().norm() > TOLERANCE[dtype] * expected.float().norm():
+    if (found - expected).float().norm() > (tolerance or TOLERANCE[dtype]) * expected.float().norm():
         return False
     setattr(forward, ADDS_RESIDUAL, True)
     block.forward = forward

@@ -22,6 +22,7 @@ from trl import SFTConfig
 from qlora.artifacts import read_json, write_json
 from qlora.data.rendering import RenderedRow
 from qlora.errors import UserError
+from qlora.kernels.float8 import missing as float8_missing
 from qlora.measure import free_for_training
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES, attach_adapter, load_base
@@ -98,7 +99,7 @@ def build_trainer(
     fast = recipe.train.kernels == "auto"
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
-    fused = fuse(model) if fast and device.startswith("cuda") else None
+    fused = fuse(model, float8=recipe.model.compute_dtype == "float8") if fast and device.startswith("cuda") else None
     config = sft_config(recipe, device, checkpoints, has_eval=bool(eval_rows))
     row_tokens = [len(row.input_ids) for row in rows]
     kept = checkpoints / PLAN
@@ -191,6 +192,8 @@ def trainable(trainer: Trainer) -> list[torch.nn.Parameter]:
 def sft_config(recipe: Recipe, device: str, checkpoints: Path, has_eval: bool) -> SFTConfig:
     """The recipe's train section as TRL's SFTConfig, without what follows from the plan."""
     train = recipe.train
+    if recipe.model.compute_dtype == "float8" and (reason := float8_missing(torch.device(device))):
+        raise UserError(reason, "model.compute_dtype", "use bfloat16")
     options: dict[str, Any] = {
         "output_dir": str(checkpoints),
         "num_train_epochs": train.epochs,
@@ -204,7 +207,7 @@ def sft_config(recipe: Recipe, device: str, checkpoints: Path, has_eval: bool) -
         "max_grad_norm": train.max_grad_norm,
         "optim": "adamw_torch_fused" if device.startswith("cuda") else "adamw_torch",
         "gradient_checkpointing": False,  # by `recompute_first`
-        "bf16": recipe.model.compute_dtype == "bfloat16",
+        "bf16": recipe.model.dtype == "bfloat16",
         "use_cpu": device == "cpu",
         "max_length": None,
         "save_strategy": "steps",
@@ -252,7 +255,7 @@ def _write_provenance(trainer: Trainer, recipe: Recipe, base: Base, output: Path
         settings=QuantizationSettings(
             quant_type=recipe.model.quantization,
             double_quant=recipe.model.double_quant,
-            compute_dtype=DTYPES[recipe.model.compute_dtype],
+            compute_dtype=DTYPES[recipe.model.dtype],
         ),
     )
 

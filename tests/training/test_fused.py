@@ -92,6 +92,22 @@ def test_weights_that_are_kept_dequantized_give_the_same_bits(kind):
     assert dense.state_dict().keys() == model.state_dict().keys()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "gemma3_text"])
+def test_products_in_8_bits_take_the_same_path(kind):
+    """Near what they round, with the same blocks and layers fused; the same bits from weights kept in 8 bits."""
+    plain, eight, kept = (model_of(kind, torch.bfloat16) for _ in range(3))
+    done = fuse(plain), fuse(eight, float8=True), fuse(kept, float8=True)
+    done[2].keep_dense()
+    counts = {(each.linears, each.blocks, each.norms, each.residuals) for each in done}
+    assert len(counts) == 1
+    (loss, gradients), (found, own), (same, others) = (loss_and_gradients(model) for model in (plain, eight, kept))
+    torch.testing.assert_close(found, loss, rtol=0.02, atol=0)
+    assert not torch.equal(found, loss) and torch.equal(found, same)
+    for name, gradient in gradients.items():
+        assert (own[name] - gradient).norm() < 0.25 * gradient.norm(), name
+        assert torch.equal(own[name], others[name])
+
+
 @pytest.mark.parametrize(
     "lora",
     [

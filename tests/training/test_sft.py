@@ -273,6 +273,11 @@ def test_unknown_train_args_are_refused(trainer_of):
         trainer_of("train.args={neftune_nose: 5}")
 
 
+def test_products_in_8_bits_are_refused_where_there_are_none(trainer_of):
+    with pytest.raises(UserError, match="cpu has no matrix units for 8 bits"):
+        trainer_of("model.compute_dtype=float8", "device=cpu")
+
+
 def test_target_modules_that_match_nothing_are_refused(trainer_of):
     with pytest.raises(UserError, match="(?i)target modules"):
         trainer_of("lora.target_modules=[nothing]")
