@@ -1,7 +1,8 @@
 """Products with frozen weights in 8 bits: both factors in e4m3 with a scale for each row, sums in fp32.
 
-A row x is stored as x₈ = round(x / s) with s = max|x| / 448, the largest number of e4m3 (Micikevicius et al. 2022,
-arXiv:2209.05433, §3.2), which keeps four significant bits of numbers down to s / 64. Then
+A row x is stored as x₈ = round(x · 448 / max|x|), which stands for s · x₈ with s = max|x| / 448. 448 is the largest
+number of e4m3 (Micikevicius et al. 2022, arXiv:2209.05433, §3.2), which keeps four significant bits of numbers down to
+s / 64. Then
 
     y[t, n] = s_t · w_n · Σ_k x₈[t, k] · W₈[n, k]
 
@@ -82,8 +83,9 @@ def rows_of(x_RC: torch.Tensor) -> Rows:
     """x in 8 bits."""
     x_RC = x_RC.contiguous()
     if not x_RC.is_cuda or triton is None:
-        scale_R1 = x_RC.float().abs().amax(1, keepdim=True).clamp(min=SMALLEST) / LARGEST
-        return Rows((x_RC.float() / scale_R1).clamp(-LARGEST, LARGEST).to(FORMAT), scale_R1)
+        most_R1 = x_RC.float().abs().amax(1, keepdim=True).clamp(min=SMALLEST)
+        values_RC = (x_RC.float() * (LARGEST / most_R1)).clamp(-LARGEST, LARGEST).to(FORMAT)
+        return Rows(values_RC, most_R1 / LARGEST)
     rows, columns = x_RC.shape
     values_RC = torch.empty(rows, columns, dtype=FORMAT, device=x_RC.device)
     scale_R1 = torch.empty(rows, 1, dtype=torch.float32, device=x_RC.device)
@@ -120,11 +122,12 @@ if triton is not None:
         for first in range(0, columns, COLUMNS):
             x = tl.load(x_ptr + start + first + column, mask=first + column < columns, other=0.0).to(tl.float32)
             most = tl.maximum(most, tl.abs(x))
-        scale = tl.maximum(tl.max(most, axis=0), SMALLEST) / LARGEST
-        tl.store(scale_ptr + row, scale)
+        most_of_all = tl.maximum(tl.max(most, axis=0), SMALLEST)
+        tl.store(scale_ptr + row, tl.div_rn(most_of_all, LARGEST))
+        factor = tl.div_rn(LARGEST, most_of_all)
         for first in range(0, columns, COLUMNS):
             inside = first + column < columns
             x = tl.load(x_ptr + start + first + column, mask=inside, other=0.0).to(tl.float32)
-            # The quotient of the largest number may round above what e4m3 holds.
-            x = tl.minimum(tl.maximum(x / scale, -LARGEST), LARGEST)
+            # The product of the largest number may round above what e4m3 holds.
+            x = tl.minimum(tl.maximum(x * factor, -LARGEST), LARGEST)
             tl.store(values_ptr + start + first + column, x.to(values_ptr.dtype.element_ty), mask=inside)

@@ -1,17 +1,19 @@
 """What fits a card: for each model the longest row that trains in so much GPU memory, by the plan and by doing it.
 
     python scripts/bench/cards.py --out DIR [--cards 8,12,16,24,48,80] [--models llama-3.2-1b,llama-3.1-8b,llama-2-13b]
-        [--formula]
+        [--longest 131072] [--formula]
 
 For each card and model, from the longest row down, the first that the plan says will fit is trained for three steps,
-one row a step, with torch held to the memory of that card less what the driver and a desktop take. Weights are random,
-rank is 16 on all linear layers. With --formula nothing is trained. Prints a Markdown table and writes DIR/cards.json.
+one row a step, with torch held to the memory of that card less what the driver and a desktop take; cards above the
+first that takes the longest row are left out. Weights are random, rank is 16 on all linear layers. With --formula
+nothing is trained. Prints a Markdown table and writes DIR/cards.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from qlora.models.shapes import adapter_shapes, model_shapes, skeleton
 from qlora.recipe import Lora, Recipe
 from qlora.training.plan import TrainingPlan, plan_training
 
-LENGTHS = [2**power for power in range(17, 8, -1)]
+SHORTEST = 512
 # Of a card's memory, what is not torch's: the driver's context, a desktop.
 USABLE = 0.93
 GIB = 2**30
@@ -37,10 +39,8 @@ def main() -> None:
     for model in arguments.models:
         shapes, adapter = sizes(model)
         for card in arguments.cards:
-            found = next(
-                ((length, plan) for length in LENGTHS if fits(plan := planned(shapes, adapter, length, USABLE * card))),
-                None,
-            )
+            plans = ((length, planned(shapes, adapter, length, USABLE * card)) for length in lengths(arguments.longest))
+            found = next(((length, plan) for length, plan in plans if fits(plan)), None)
             row: dict[str, Any] = {"model": model, "card": card}
             if found is not None:
                 length, plan = found
@@ -48,9 +48,17 @@ def main() -> None:
                 row |= {} if arguments.formula else measured(arguments, model, card, length)
             rows.append(row)
             print(line(row), flush=True)
+            if row.get("length") == arguments.longest:
+                break
     (arguments.out / "cards.json").write_text(json.dumps(rows, indent=2))
     print("\n| model | card, GiB | longest row | tokens/s | GiB | plan |\n| --- | --- | --- | --- | --- | --- |")
     print(*map(line, rows), sep="\n")
+
+
+def lengths(longest: int) -> Iterator[int]:
+    while longest >= SHORTEST:
+        yield longest
+        longest //= 2
 
 
 def sizes(model: str) -> tuple[Any, Any]:
@@ -96,6 +104,7 @@ def parse() -> argparse.Namespace:
     )
     models = "llama-3.2-1b,llama-3.2-3b,llama-3.1-8b,llama-2-13b"
     parser.add_argument("--models", type=lambda text: text.split(","), default=models)
+    parser.add_argument("--longest", type=int, default=2**17, help="tokens of a row; halved until it fits")
     parser.add_argument("--formula", action="store_true", help="plans alone, nothing trained")
     return parser.parse_args()
 
