@@ -84,7 +84,9 @@ def rows_of(x_RC: torch.Tensor) -> Rows:
     x_RC = x_RC.contiguous()
     if not x_RC.is_cuda or triton is None:
         most_R1 = x_RC.float().abs().amax(1, keepdim=True).clamp(min=SMALLEST)
-        values_RC = (x_RC.float() * (LARGEST / most_R1)).clamp(-LARGEST, LARGEST).to(FORMAT)
+        # A number over a tensor is the number times a reciprocal, rounded twice; two tensors are divided.
+        factor_R1 = torch.full_like(most_R1, LARGEST) / most_R1
+        values_RC = (x_RC.float() * factor_R1).clamp(-LARGEST, LARGEST).to(FORMAT)
         return Rows(values_RC, most_R1 / LARGEST)
     rows, columns = x_RC.shape
     values_RC = torch.empty(rows, columns, dtype=FORMAT, device=x_RC.device)

@@ -91,6 +91,8 @@ class Pass:
     """Whether the inputs of those layers wait in host memory, where token embeddings are too."""
     dense: int = 0
     """Decoder layers whose quantized weights are kept in 16 bits too, and not dequantized again in every pass."""
+    accumulated: bool = False
+    """Whether gradients of passes before it, of the same step, are there from its beginning."""
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,16 @@
 """Memory of a training step by formula, and the division into forwards that trains fastest in the memory there is.
 
-At its peak a step holds the base, the adapter with gradient and Adam's moments, and activations: of every layer what
-its backward needs, or, where that is computed again, its input alone. The first layers are the ones computed again:
-by the time the backward comes to them, what all others kept is gone.
+A step holds the base, the adapter with Adam's moments, and activations: of every layer what its backward needs, or,
+where that is computed again, its input alone. As the backward goes down, activations make way for gradients. The first
+layers are the ones computed again: by the time it comes to them, what all others kept is gone. So the peak is at the
+output head, where it comes to the layers computed again, or at its end:
 
-    peak = static + c·m·h + max((L − c)·m·S + max(head, work), m·S + work if c > 0)
+    static + max(c·m·h + (L − c)·m·S + max(head, work),
+                 c·m·h + m·S + work + (L − c)·G     if c > 0,
+                 m·h + m·S + work + (L − 1)·G)
 
-m: tokens of a forward, c of L layers computed again, h: bytes of a hidden state, S: of what a layer keeps per token.
+m: tokens of a forward, c of L layers computed again, h: bytes of a hidden state, S: of what a layer keeps per token,
+G: of a layer's gradients, which are all there throughout if forwards came before in the step.
 """
 
 from __future__ import annotations
@@ -103,28 +107,43 @@ class Trained:
     def parts(self, one: Pass) -> dict[str, int]:
         """Bytes that are live on the device at the peak of training, by name, without the process itself."""
         shapes, itemsize = self.shapes, self.itemsize
-        kept = round(self.kept_bytes * one.tokens)
-        head, work = self._head_bytes(one.tokens), round(self.working_bytes * one.tokens)
-        first = (shapes.layers - one.recomputed) * kept
-        again = kept if one.recomputed else 0
         # In 8 bits a weight is also turned around, and comes to half of that.
         float8 = self.recipe.model.compute_dtype == "float8"
         dequantized = (2.5 if float8 else 1 if self.fused else 2) * itemsize
         dequantized = dequantized if self.quantized and one.dense < shapes.layers else 0
-        inputs = min(one.recomputed, OFFLOADED_ON_DEVICE) if one.offloaded else one.recomputed
-        at_the_head = first + max(head, work) > again + work
         on_host = itemsize * shapes.embeddings if one.offloaded and self.fused else 0
         copies = itemsize if self.fused else 0
         return {
             "base": base_bytes(self.recipe, shapes) - on_host,
-            "adapter and optimizer": (4 * BYTES[self.recipe.lora.dtype] + copies) * self.adapter.trainable,
-            "inputs of recomputed layers": inputs * one.tokens * shapes.hidden_size * itemsize,
-            "saved activations": first if at_the_head else again,
-            "output head or backward": max(head, work) if at_the_head else work,
+            "adapter and optimizer": (3 * BYTES[self.recipe.lora.dtype] + copies) * self.adapter.trainable,
+            **max(self._moments(one), key=lambda parts: sum(parts.values())),
             "workspaces of cuBLAS": WORKSPACES if self.machine.on_gpu else 0,
             "dequantized weights": round(dequantized * max(linear.parameters for linear in shapes.linears)),
             "weights in 16 bits too": itemsize * self.quantized * one.dense // shapes.layers,
         }
+
+    def _moments(self, one: Pass) -> Iterator[dict[str, int]]:
+        """What of a backward is live at its beginning, where it comes to layers computed again, and at its end."""
+        layers, each = self.shapes.layers, one.tokens * self.shapes.hidden_size * self.itemsize
+        kept, work = round(self.kept_bytes * one.tokens), round(self.working_bytes * one.tokens)
+        gradients = BYTES[self.recipe.lora.dtype] * self.adapter.trainable
+        # CUDA graphs write gradients to the same place in every step.
+        throughout = one.accumulated or (self.fused and self.launch_bound(one))
+
+        def moment(layer: int, saved: int, working: int) -> dict[str, int]:
+            """layer: how many are yet to come; saved: of how many all is there that their backward needs."""
+            inputs = min(layer, one.recomputed, OFFLOADED_ON_DEVICE if one.offloaded else one.recomputed)
+            return {
+                "gradients": gradients if throughout else gradients * (layers - layer) // layers,
+                "inputs of recomputed layers": inputs * each,
+                "saved activations": saved * kept,
+                "output head or backward": working,
+            }
+
+        yield moment(layers, layers - one.recomputed, max(self._head_bytes(one.tokens), work))
+        if one.recomputed:
+            yield moment(one.recomputed, 1, work)
+        yield moment(1, 1, work)
 
     def peak(self, one: Pass) -> int:
         """Bytes of the device, with what the process itself takes and the allocator's slack."""
@@ -207,6 +226,7 @@ def plan(trained: Trained, divisions: Iterable[tuple[int, int]], step_tokens: fl
     smallest: Plan | None = None
     for forwards, tokens in divisions:
         for one in trained.passes(tokens):
+            one = replace(one, accumulated=forwards > 1)
             found = Plan(forwards, one, trained.peak(one))
             smallest = min(smallest or found, found, key=lambda each: each.peak)
             if found.peak <= budget:

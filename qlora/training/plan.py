@@ -125,7 +125,9 @@ def plan_training(
     if before is not None:
         schedule = Schedule(row_tokens, rows, before.forwards, processes, recipe.seed, padded)
         found = {before.forwards: (schedule, schedule.longest(epochs))}
-        largest = Pass(found[before.forwards][1], before.recomputed, before.offloaded, before.dense)
+        largest = Pass(
+            found[before.forwards][1], before.recomputed, before.offloaded, before.dense, before.forwards > 1
+        )
         chosen = Plan(before.forwards, largest, trained.peak(largest))
     else:
         chosen = plan(trained, divisions, total * rows / len(row_tokens) / processes, budget)

@@ -46,7 +46,7 @@ def main() -> None:
             metrics = json.loads(run.dirs.lineage.read_text())["stages"]["train"]["metrics"]
             speed = metrics["tokens_per_second"]
             rows.append({"setting": setting, "seed": seed, "loss": score.loss, "kl": score.kl, "speed": speed})
-            print(f"seed {seed} {setting}: loss {score.loss:.4f}, KL {score.kl:.4f}, {speed:,.0f} tokens/s", flush=True)
+            print(f"seed {seed} {setting}: loss {score.loss:.4f}, KL {score.kl:.4f}", flush=True)
         machine = "CPU" if first.device == "cpu" else torch.cuda.get_device_name()
         report = {"machine": machine, "arguments": arguments.given, "rows": rows}
         (arguments.out / "loss.json").write_text(json.dumps(report, indent=2))
@@ -82,7 +82,7 @@ def loader(run: Run) -> Any:
 def line(setting: str, rows: list[dict[str, Any]]) -> str:
     losses = [row["loss"] for row in rows]
     spread = f" ± {statistics.stdev(losses) / math.sqrt(len(losses)):.4f}" if len(losses) > 1 else ""
-    kl, speed = (statistics.mean(row[key] for row in rows) for key in ("kl", "speed"))
+    kl, speed = (statistics.mean(row[key] or 0.0 for row in rows) for key in ("kl", "speed"))
     return f"| {setting} | {statistics.mean(losses):.4f}{spread} | {kl:.4f} | {speed:,.0f} |"
 
 

@@ -183,8 +183,11 @@ def _timer(times: list[float], on_gpu: bool) -> Any:
             else:
                 self.marks.append(time.perf_counter())
 
+        def on_step_end(self, _: Any, state: Any, *__: Any, **___: Any) -> None:
+            if state.global_step == state.max_steps:
+                self.on_step_begin()
+
         def on_train_end(self, *_: Any, **__: Any) -> None:
-            self.on_step_begin()
             if on_gpu:
                 torch.cuda.synchronize()
             for begin, end in zip(self.marks, self.marks[1:], strict=False):

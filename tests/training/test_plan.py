@@ -47,12 +47,15 @@ def test_more_memory_is_never_slower_and_never_exceeded(llama_8b) -> None:
     assert seconds == sorted(seconds, reverse=True) and seconds[0] > 1.2 * seconds[-1]
     for plan in plans[1:]:
         assert plan.memory.peak <= plan.budget
-    assert plans[0].memory.largest == Pass(4096, 32, offloaded=True) and plans[-1].memory.largest.recomputed == 0
+    assert (
+        plans[0].memory.largest == Pass(4096, 32, offloaded=True, accumulated=True)
+        and plans[-1].memory.largest.recomputed == 0
+    )
 
 
 def test_what_does_not_fit_is_the_smallest_there_is_and_says_so(llama_8b) -> None:
     plan = planned(llama_8b, LONG_ROWS, 2, batch_size=4)
-    assert plan.memory.largest == Pass(4096, 32, offloaded=True) and plan.memory.peak > plan.budget
+    assert plan.memory.largest == Pass(4096, 32, offloaded=True, accumulated=True) and plan.memory.peak > plan.budget
     assert "32 of 32 layers recomputed from inputs in host memory" in plan.text and "of 1.8" in plan.text
 
 
@@ -104,6 +107,19 @@ def test_what_is_computed_again_saves_memory_until_a_single_layer_is_left(llama_
     # 47,104 numbers of 16 bits per token and layer, 112 of ranks, and of attention's 32 heads one of 32.
     kept = 8192 * (2 * (47104 + 7 * 16) + 4 * 32)
     assert peaks[0] - peaks[1] == pytest.approx(1.05 * (kept - 8192 * 2 * 4096), rel=1e-6)
+
+
+def test_gradients_take_the_place_of_activations_unless_forwards_came_before(llama_8b) -> None:
+    recipe = Recipe.model_validate({"name": "t", "model": {"base": "a/b"}, "data": {"train": [{"path": "x"}]}})
+    trained = Trained(recipe, llama_8b, AdapterShapes(335_544_320), H100, 4096)
+    gradients = 4 * 335_544_320
+    alone, later = (trained.parts(Pass(8192, 32, accumulated=accumulated)) for accumulated in (False, True))
+    assert alone["gradients"] == 0 and alone["inputs of recomputed layers"] == 32 * 8192 * 2 * 4096
+    assert later == alone | {"gradients": gradients}
+    # Inputs in host memory take less than gradients: the most is there at the end of the backward.
+    offloaded = trained.parts(Pass(8192, 32, offloaded=True))
+    assert offloaded["gradients"] == gradients * 31 // 32
+    assert offloaded["inputs of recomputed layers"] == 8192 * 2 * 4096
 
 
 def test_a_run_that_goes_on_keeps_its_division(llama_8b) -> None:
