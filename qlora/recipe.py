@@ -74,8 +74,8 @@ class Data(Section):
     """Rows to train on; calibration of GPTQ draws from them too."""
     eval: Source | None = None
     """Held-out rows for the ladder. Needed by `qlora evaluate`; never trained on, never used for calibration."""
-    loss_on: Literal["completion", "all"] = "completion"
-    """Learn the last answer and its end-of-turn token only, or every token."""
+    loss_on: Literal["completion", "assistant", "all"] = "completion"
+    """Learn the last answer and its end-of-turn token only, those of every assistant turn, or every token."""
     max_length: PositiveInt = 2048
     """Tokens per row; what lies beyond is handled by `overlong`."""
     overlong: Literal["truncate", "drop"] = "truncate"

@@ -7,12 +7,16 @@ Training, calibration, evaluation and `qlora check` all render here, so they can
 
 The boundary comes from rendering the prompt alone, exactly as a server does before the model answers, and never from
 searching for a marker in the finished text.
+
+With `loss_on: assistant` every answer of a conversation is rendered that way, as the last one of what it has seen.
+Where the tokens up to an answer's end begin those of a later one, as with most templates, both are learned in one row;
+a template that shows earlier answers otherwise than they were given (without their thinking) gets a row for each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -56,7 +60,7 @@ class RenderedRow:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What became of the rows of a split. Tokens are counted after truncation."""
+    """What became of the rows of a split. Tokens are counted after truncation; a row read may become several."""
 
     rows_read: int
     rows: int
@@ -116,38 +120,54 @@ class Renderer:
         added = [str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special]
         self._special = tuple({*self.tokenizer.all_special_tokens, *added})
 
-    def render(self, example: Example) -> RenderedRow:
+    def render(self, example: Example) -> list[RenderedRow]:
         """Tokens and labels of one example; raises what `render_batch` returns as an error."""
-        row = self.render_batch([example])[0]
-        if isinstance(row, UserError):
-            raise row
-        return row
+        rows = self.render_batch([example])[0]
+        if isinstance(rows, UserError):
+            raise rows
+        return rows
 
-    def render_batch(self, examples: Sequence[Example]) -> list[RenderedRow | UserError]:
-        """Tokens and labels of every example, tokenized together, which uses all cores.
+    def render_batch(self, examples: Sequence[Example]) -> list[list[RenderedRow] | UserError]:
+        """The rows of every example, tokenized together, which uses all cores.
 
-        A row longer than `max_length` loses tokens on the right: the prompt stays whole as long as it fits, and the
-        model is not taught to stop where the row was cut. An example has a `UserError` in its place when the template
-        cannot render its conversation, or renders it so that the prompt is not its beginning.
+        An example is one row, or several where every answer of a conversation is learned and the template does not
+        keep earlier ones as they were. A row longer than `max_length` loses tokens on the right: the prompt stays whole
+        as long as it fits, and the model is not taught to stop where the row was cut. An example has a `UserError` in
+        its place when the template cannot render its conversation, or renders it so that a prompt is not its beginning.
         """
-        parts = [self._parts(example) for example in examples]
-        good = [part for part in parts if isinstance(part, _Parts)]
+        parts = [[self._parts(turn) for turn in self._turns(example)] for example in examples]
+        good = [part for turns in parts for part in turns if isinstance(part, _Parts)]
         encoded = iter(
             zip(self._encode([part.prompt for part in good]), self._encode([p.text for p in good]), strict=True)
         )
-        return [self._label(part, *next(encoded)) if isinstance(part, _Parts) else part for part in parts]
+        found: list[list[RenderedRow] | UserError] = []
+        for turns in parts:
+            rows = [self._label(part, *next(encoded)) for part in turns if isinstance(part, _Parts)]
+            error = next((part for part in turns if isinstance(part, UserError)), None)
+            found.append(error or [self._cut(row) for row in _together(rows)])
+        return found
+
+    def _turns(self, example: Example) -> list[Example]:
+        """What is rendered of an example, each with an answer at its end: itself, or up to every assistant message."""
+        if self.loss_on != "assistant" or not isinstance(example, Chat):
+            return [example]
+        answers = [i for i, message in enumerate(example.messages) if i and message["role"] == "assistant"]
+        return [replace(example, messages=example.messages[: i + 1]) for i in answers]
 
     def _label(self, parts: _Parts, prompt_ids: list[int], joint_ids: list[int]) -> RenderedRow:
         completion_ids = self._completion_ids(parts, prompt_ids, joint_ids)
         input_ids = prompt_ids + completion_ids
-        mask_prompt = parts.has_answer and self.loss_on == "completion"
+        mask_prompt = parts.has_answer and self.loss_on != "all"
         labels = [IGNORED] * len(prompt_ids) + completion_ids if mask_prompt else input_ids
-        return RenderedRow(
-            input_ids=input_ids[: self.max_length],
-            labels=labels[: self.max_length],
-            prompt_length=min(len(prompt_ids), self.max_length),
-            truncated=len(input_ids) > self.max_length,
-            answer_text=parts.answer if parts.has_answer else None,
+        return RenderedRow(input_ids, labels, len(prompt_ids), False, parts.answer if parts.has_answer else None)
+
+    def _cut(self, row: RenderedRow) -> RenderedRow:
+        return replace(
+            row,
+            input_ids=row.input_ids[: self.max_length],
+            labels=row.labels[: self.max_length],
+            prompt_length=min(row.prompt_length, self.max_length),
+            truncated=len(row.input_ids) > self.max_length,
         )
 
     def _parts(self, example: Example) -> _Parts | UserError:
@@ -229,6 +249,20 @@ class Renderer:
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []  # type: ignore[return-value]
 
 
+def _together(rows: Sequence[RenderedRow]) -> list[RenderedRow]:
+    """The answers of a conversation, one after the other, in as few rows as have each of them as it is given."""
+    found: list[RenderedRow] = []
+    for row in reversed(rows):
+        later = found[-1] if found else None
+        length = len(row.input_ids)
+        if later is None or later.input_ids[:length] != row.input_ids:
+            found.append(row)
+        else:
+            # What the later row says of these tokens is that they are not its answer.
+            found[-1] = replace(later, labels=row.labels + later.labels[length:])
+    return found[::-1]
+
+
 def render(
     example: Example,
     tokenizer: PreTrainedTokenizerBase,
@@ -237,10 +271,10 @@ def render(
     max_length: int,
     chat_template: str | None = None,
 ) -> RenderedRow:
-    """Renders a single example (see `Renderer.render`); `chat_template` is Jinja text, by default the tokenizer's."""
+    """The row of a single example that ends with its last answer; `chat_template` is Jinja text, by default its own."""
     if chat_template is None and needs_template(example):
         chat_template = resolve_chat_template(tokenizer, None)
-    return Renderer(tokenizer, loss_on, max_length, chat_template).render(example)
+    return Renderer(tokenizer, loss_on, max_length, chat_template).render(example)[-1]
 
 
 def render_sources(
@@ -264,19 +298,22 @@ def render_sources(
     rows: list[RenderedRow] = []
     locations: list[str] = []
     problems: list[Problem] = []
+    dropped = 0
     for start in range(0, len(examples), _BATCH):
         batch = examples[start : start + _BATCH]
-        for row, (_, where) in zip(renderer.render_batch([example for example, _ in batch]), batch, strict=True):
-            if isinstance(row, UserError):
-                problems.extend(Problem(problem.what, where, problem.fix) for problem in row.problems)
-            elif not (row.truncated and settings.overlong == "drop"):
-                rows.append(row)
-                locations.append(where)
+        for found, (_, where) in zip(renderer.render_batch([example for example, _ in batch]), batch, strict=True):
+            if isinstance(found, UserError):
+                problems.extend(Problem(problem.what, where, problem.fix) for problem in found.problems)
+                continue
+            kept = [row for row in found if not (row.truncated and settings.overlong == "drop")]
+            dropped += len(found) - len(kept)
+            rows.extend(kept)
+            locations.extend([where] * len(kept))
         if progress is not None:
             progress(start + len(batch), len(examples))
     if problems:
         raise malformed(problems, len(examples))
-    return PreparedData(split_name, rows, locations, _statistics(rows, len(examples)), template)
+    return PreparedData(split_name, rows, locations, _statistics(rows, len(examples), dropped), template)
 
 
 def prepare(
@@ -318,12 +355,12 @@ def unsupervised_rows(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase
     return problems
 
 
-def _statistics(rows: Sequence[RenderedRow], rows_read: int) -> Statistics:
+def _statistics(rows: Sequence[RenderedRow], rows_read: int, dropped: int) -> Statistics:
     return Statistics(
         rows_read=rows_read,
         rows=len(rows),
         truncated=sum(row.truncated for row in rows),
-        dropped=rows_read - len(rows),
+        dropped=dropped,
         tokens=sum(len(row.input_ids) for row in rows),
         supervised_tokens=sum(row.supervised_tokens for row in rows),
         longest=max((len(row.input_ids) for row in rows), default=0),

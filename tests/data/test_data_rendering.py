@@ -1,11 +1,13 @@
 """Tokens and labels: the supervised tokens are the answer and its end, the rest is what a server would send."""
 
+import copy
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qlora.data.formats import Chat, Completion, Text
-from qlora.data.rendering import IGNORED, prepare, render, render_sources
+from qlora.data.rendering import IGNORED, Renderer, prepare, render, render_sources
 from qlora.data.templates import resolve_chat_template
 from qlora.errors import UserError
 
@@ -110,6 +112,102 @@ def test_text_after_the_end_of_turn_is_dropped(chatml_tokenizer):
     row = render(example, chatml_tokenizer, max_length=99)
     assert full.endswith("<|im_end|>\n")
     assert chatml_tokenizer.decode(row.input_ids) == full[:-1]
+
+
+def learned_answers(rows, example, tokenizer) -> list[str]:
+    """The answers that some row teaches as a server would have the model give them: behind the same prompt tokens."""
+    found, accounted = [], [0] * len(rows)
+    for index, message in enumerate(example.messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = tokenizer.apply_chat_template(
+            list(example.messages[:index]), add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        alone = render(Chat(example.messages[: index + 1]), tokenizer, max_length=10_000)
+        for number, row in enumerate(rows):
+            length = len(alone.input_ids)
+            learned = [label != IGNORED for label in row.labels[len(prompt) : length]]
+            if row.input_ids[:length] == alone.input_ids and all(learned):
+                found.append(tokenizer.decode(row.labels[len(prompt) : length]))
+                accounted[number] += len(learned)
+    # Nothing else is learned, and nothing twice.
+    assert accounted == [sum(label != IGNORED for label in row.labels) for row in rows]
+    return found
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_every_answer_is_learned_behind_what_a_server_sends(request, name):
+    tokenizer, end = request.getfixturevalue(name), END_OF_TURN[name]
+    renderer = Renderer(tokenizer, "assistant", 10_000, resolve_chat_template(tokenizer, None))
+
+    @PROPERTY
+    @given(st.lists(texts, min_size=2, max_size=8).filter(lambda contents: len(contents) % 2 == 0))
+    def check(contents):
+        example = chat(*contents)
+        rows = renderer.render(example)
+        assert learned_answers(rows, example, tokenizer) == [answer + end for answer in contents[1::2]]
+        assert rows[-1] == render(example, tokenizer, max_length=10_000, loss_on="assistant")
+        assert rows[-1].answer_text == contents[-1]
+
+    check()
+
+
+def test_answers_of_one_conversation_are_one_row(chatml_tokenizer):
+    renderer = Renderer(chatml_tokenizer, "assistant", 10_000, resolve_chat_template(chatml_tokenizer, None))
+    (row,) = renderer.render(chat("one?", "1.", "two?", "2.", "three?", "3."))
+    end = chatml_tokenizer.decode(row.input_ids[-1:])
+    assert supervised_text(row, chatml_tokenizer) == f"1.{end}2.{end}3.{end}"
+    assert (
+        row.input_ids
+        == render(chat("one?", "1.", "two?", "2.", "three?", "3."), chatml_tokenizer, max_length=99).input_ids
+    )
+
+
+def test_history_that_a_server_tokenizes_otherwise_gets_rows_of_its_own(llama3_tokenizer):
+    """Line feeds before an answer are one token in a prompt that ends there, and two where the answer follows."""
+    renderer = Renderer(llama3_tokenizer, "assistant", 10_000, resolve_chat_template(llama3_tokenizer, None))
+    example = chat("one?", "1.", "two?", "2.")
+    rows = renderer.render(example)
+    assert len(rows) == 2
+    assert learned_answers(rows, example, llama3_tokenizer) == ["1.<|eot_id|>", "2.<|eot_id|>"]
+
+
+THINKING = """
+{%- for message in messages %}
+{%- set content = message.content %}
+{%- if message.role == "assistant" and not loop.last and "</think>" in content %}
+{%- set content = content.split("</think>")[-1].lstrip() %}
+{%- endif %}
+{{- "<|im_start|>" + message.role + "\\n" + content + "<|im_end|>\\n" }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|im_start|>assistant\\n" }}{% endif %}"""
+
+
+def test_a_template_that_drops_earlier_thinking_gets_a_row_for_each_thought(chatml_tokenizer):
+    """As Qwen3's: the model sees earlier answers without what it thought, and gives the next one with it."""
+    tokenizer = copy.deepcopy(chatml_tokenizer)
+    tokenizer.chat_template = THINKING
+    example = chat("q1", "<think>hm</think>a1", "q2", "a2", "q3", "<think>so</think>a3")
+    rows = Renderer(tokenizer, "assistant", 10_000, THINKING).render(example)
+    assert [supervised_text(row, tokenizer) for row in rows] == [
+        "<think>hm</think>a1<|im_end|>",
+        "a2<|im_end|><think>so</think>a3<|im_end|>",
+    ]
+    assert learned_answers(rows, example, tokenizer) == [
+        "<think>hm</think>a1<|im_end|>", "a2<|im_end|>", "<think>so</think>a3<|im_end|>"
+    ]  # fmt: skip
+
+
+def test_earlier_answers_of_a_row_that_is_cut_stay(chatml_tokenizer):
+    whole = render(chat("one?", "1.", "two?", "2."), chatml_tokenizer, max_length=99, loss_on="assistant")
+    renderer = Renderer(
+        chatml_tokenizer, "assistant", whole.prompt_length, resolve_chat_template(chatml_tokenizer, None)
+    )
+    (row,) = renderer.render(chat("one?", "1.", "two?", "2."))
+    assert row.truncated and row.prompt_length == len(row.input_ids) == whole.prompt_length
+    assert supervised_text(row, chatml_tokenizer).startswith("1.") and "2." not in supervised_text(
+        row, chatml_tokenizer
+    )
 
 
 def test_loss_on_all(tokenizer):
