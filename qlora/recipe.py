@@ -63,10 +63,14 @@ class Source(Section):
     """Split of a hub data set."""
     revision: str | None = None
     """Revision of a hub data set."""
-    format: Literal["auto", "messages", "prompt_completion", "instruction", "text"] = "auto"
+    format: Literal["auto", "messages", "conversations", "prompt_completion", "instruction", "text"] = "auto"
     """Shape of a row; auto recognises it by its columns."""
+    columns: dict[str, str] = {}
+    """What a format's columns are called here, such as `{question: problem, answer: solution}`."""
     max_rows: PositiveInt | None = None
     """Use only the first rows."""
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """How often each row comes in an epoch: 2 twice, 0.25 a quarter of the rows, always the same ones."""
 
 
 class Data(Section):

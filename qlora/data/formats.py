@@ -3,6 +3,7 @@
 | format | columns | normal form |
 | --- | --- | --- |
 | messages | `messages` (and `tools`) | `Chat` |
+| conversations | `conversations` of `from` and `value` (and `system`, `tools`), as ShareGPT has them | `Chat` |
 | prompt_completion | `prompt`, `completion`: both texts, or both lists of messages | `Completion`, `Chat` |
 | instruction | `instruction`, `input` (may be empty or absent), `output`; or `question`, `answer` | `Chat` |
 | text | `text` | `Text` |
@@ -10,6 +11,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,24 +50,44 @@ class Text:
 
 Example = Chat | Completion | Text
 
+# Who speaks in ShareGPT's rows and their relatives.
+_SPEAKERS = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
 # Column sets in the order in which they are looked for: a row that has several is read as the richest one
 # (the original Alpaca file has `instruction`, `input`, `output` and `text`).
 _INSTRUCTION_COLUMNS = (("instruction", "input", "output"), ("question", None, "answer"))
 _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
+    "conversations": (("conversations",),),
     "prompt_completion": (("prompt", "completion"),),
     "instruction": tuple((question, answer) for question, _, answer in _INSTRUCTION_COLUMNS),
     "text": (("text",),),
 }
 
 
+# Columns that a format reads where they are there.
+_OPTIONAL = {"input", "system", "tools"}
+
+
 def read_examples(source: Source) -> list[tuple[Example, str]]:
-    """Every row of a source in its normal form, with where it stands (file and line, or index).
+    """Every row of a source in its normal form, with where it stands (file and line, or index), as often as it counts.
 
     Raises `UserError` for a source that cannot be read, and for rows that do not fit the format: all counted, the first
     ones shown.
     """
     rows = load_rows(source)
+    if source.columns:
+        rows = _renamed(rows, source.columns)
     format = detect_format(rows) if source.format == "auto" else source.format
     examples: list[tuple[Example, str]] = []
     problems: list[Problem] = []
@@ -76,7 +99,39 @@ def read_examples(source: Source) -> list[tuple[Example, str]]:
             problems.extend(error.problems)
     if problems:
         raise malformed(problems, len(rows))
-    return examples
+    return _weighted(examples, source.weight)
+
+
+def _renamed(rows: RawRows, columns: Mapping[str, str]) -> RawRows:
+    """Rows with the columns that a recipe names under the names that formats have for them."""
+    missing = [theirs for theirs in columns.values() if theirs not in rows.rows[0]]
+    if missing:
+        raise UserError(
+            f"there is no column {_listed(missing)}; the rows have {_listed(rows.rows[0])}",
+            where=rows.where(0),
+            fix="`columns` maps a format's column to the one in the file",
+        )
+    unknown = set(columns) - {name for sets in _COLUMNS.values() for names in sets for name in names} - _OPTIONAL
+    if unknown:
+        raise UserError(f"no format has a column {_listed(sorted(unknown))}", where="columns")
+    taken = set(columns.values())
+    renamed = [
+        {name: value for name, value in row.items() if name not in taken}
+        | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
+        for row in rows
+    ]
+    return RawRows(renamed, rows.origin, [rows.where(index) for index in range(len(rows))])
+
+
+def _weighted(examples: list[tuple[Example, str]], weight: float) -> list[tuple[Example, str]]:
+    """Every example as often as the weight says; of a fraction, those that their content chooses, in their order."""
+    whole = int(weight)
+    count = round((weight - whole) * len(examples))
+    if count == 0:
+        return examples * whole
+    digests = [hashlib.sha256(repr(example).encode()).digest() for example, _ in examples]
+    chosen = set(sorted(range(len(examples)), key=lambda index: (digests[index], index))[:count])
+    return examples * whole + [example for index, example in enumerate(examples) if index in chosen]
 
 
 def detect_format(rows: RawRows) -> str:
@@ -101,6 +156,8 @@ def to_example(row: Mapping[str, Any], format: str, where: str = "") -> Example:
         )
     if format == "messages":
         return Chat(_messages(row["messages"], "messages", where), _tools(row, where))
+    if format == "conversations":
+        return Chat(_conversation(row, where), _tools(row, where))
     if format == "prompt_completion":
         return _prompt_completion(row, where)
     if format == "instruction":
@@ -111,6 +168,46 @@ def to_example(row: Mapping[str, Any], format: str, where: str = "") -> Example:
 def needs_template(example: Example) -> bool:
     """Whether an example is rendered through a chat template."""
     return isinstance(example, Chat)
+
+
+def _conversation(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
+    """Messages of a ShareGPT row; a `system` column comes first."""
+    turns = row["conversations"]
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"`conversations` must be a list of turns, not {_described(turns)}", where)
+    messages: list[Message] = []
+    if row.get("system"):
+        messages.append({"role": "system", "content": _text(row, "system", where)})
+    for index, turn in enumerate(turns):
+        if not isinstance(turn, Mapping) or not all(isinstance(turn.get(key), str) for key in ("from", "value")):
+            raise UserError(f"turn {index} of `conversations` must be an object with texts `from` and `value`", where)
+        speaker = turn["from"]
+        if speaker not in _SPEAKERS:
+            raise UserError(
+                f"turn {index} of `conversations` is from {speaker!r}", where, f"known are {', '.join(_SPEAKERS)}"
+            )
+        message: Message = {"role": _SPEAKERS[speaker], "content": turn["value"]}
+        if speaker == "function_call":
+            message = {"role": "assistant", "content": "", "tool_calls": _calls(turn["value"], index, where)}
+        messages.append(message)
+    return _messages(messages, "conversations", where)
+
+
+def _calls(text: str, index: int, where: str) -> list[dict[str, Any]]:
+    try:
+        calls = json.loads(text)
+    except json.JSONDecodeError:
+        calls = None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        raise UserError(
+            f"the function call of turn {index} must be JSON with a `name` and `arguments`, not {_described(text)}",
+            where,
+        )
+    return [
+        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
+        for call in calls
+    ]
 
 
 def _prompt_completion(row: Mapping[str, Any], where: str) -> Example:
@@ -157,6 +254,11 @@ def _messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
 
 def _tools(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...] | None:
     tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():  # columnar files have no better place for definitions that differ
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise UserError(f"`tools` is not valid JSON: {error.msg}", where) from None
     if not tools:
         return None
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):

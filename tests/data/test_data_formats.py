@@ -16,6 +16,16 @@ FITTING = [
     ({"instruction": "q", "output": "a", "text": "q a"}, "instruction", Chat((QUESTION, ANSWER))),
     ({"question": "q", "answer": "a"}, "instruction", Chat((QUESTION, ANSWER))),
     ({"text": "t"}, "text", Text("t")),
+    (
+        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]},
+        "conversations",
+        Chat((QUESTION, ANSWER)),
+    ),
+    (
+        {"system": "s", "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "a"}]},
+        "conversations",
+        Chat(({"role": "system", "content": "s"}, QUESTION, ANSWER)),
+    ),
 ]
 
 
@@ -53,6 +63,12 @@ def test_tools_reach_the_example():
         ({"messages": [ANSWER]}, "messages", "no message before the answer"),
         ({"messages": [{"from": "human", "value": "q"}]}, "messages", "message 0 .* a `role` and a `content`"),
         ({"messages": [QUESTION, {"role": "assistant", "content": None}]}, "messages", "message 1 .* must be text"),
+        ({"conversations": "q"}, "conversations", "must be a list of turns, not str"),
+        ({"conversations": [{"from": "human"}]}, "conversations", "turn 0 .* texts `from` and `value`"),
+        ({"conversations": [{"from": "bot", "value": "a"}]}, "conversations", "turn 0 .* is from 'bot'"),
+        ({"conversations": [{"from": "human", "value": "q"}]}, "conversations", "there is no answer to learn"),
+        ({"conversations": [{"from": "function_call", "value": "f()"}]}, "conversations", "must be JSON with a `name`"),
+        ({"messages": [QUESTION, ANSWER], "tools": "[{"}, "messages", "`tools` is not valid JSON"),
     ],
 )
 def test_a_row_that_does_not_fit(row, format, message):
@@ -70,3 +86,44 @@ def test_all_bad_rows_are_counted(jsonl_source):
     rows = [{"text": "ok"}, *({"text": number} for number in range(9))]
     with pytest.raises(UserError, match="4 more: 9 of 10 rows"):
         read_examples(jsonl_source(rows))
+
+
+def test_function_calls_and_their_results_in_turns():
+    turns = [
+        ("human", "q"),
+        ("function_call", '{"name": "f", "arguments": {"x": 1}}'),
+        ("observation", "2"),
+        ("gpt", "a"),
+    ]
+    row = {"conversations": [{"from": who, "value": text} for who, text in turns], "tools": '[{"name": "f"}]'}
+    example = to_example(row, "conversations")
+    call = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert example.messages == (
+        QUESTION, {"role": "assistant", "content": "", "tool_calls": [call]}, {"role": "tool", "content": "2"}, ANSWER
+    )  # fmt: skip
+    assert example.tools == ({"name": "f"},)
+
+
+def test_columns_of_other_names(jsonl_source):
+    rows = [{"problem": "q", "solution": "a", "answer": "not this"}] * 2
+    source = jsonl_source(rows, columns={"question": "problem", "answer": "solution"})
+    assert read_examples(source) == [(Chat((QUESTION, ANSWER)), f"{source.path}:{line}") for line in (1, 2)]
+    with pytest.raises(UserError, match="there is no column `proof`; the rows have `problem`, `solution`, `answer`"):
+        read_examples(jsonl_source(rows, columns={"question": "problem", "answer": "proof"}))
+    with pytest.raises(UserError, match="no format has a column `q`"):
+        read_examples(jsonl_source(rows, columns={"q": "problem"}))
+
+
+def test_weights_repeat_rows_and_choose_a_share_that_stays(jsonl_source):
+    rows = [{"text": str(number)} for number in range(40)]
+
+    def texts(given, **fields):
+        return [example.text for example, _ in read_examples(jsonl_source(given, **fields))]
+
+    every = texts(rows)
+    assert texts(rows, weight=2) == every * 2
+    quarter = texts(rows, weight=0.25)
+    assert len(quarter) == 10 and quarter == sorted(quarter, key=every.index)
+    assert texts(rows, weight=1.25) == every + quarter
+    assert sorted(texts(rows[::-1], weight=0.25)) == sorted(quarter), "whatever the order"
+    assert len(set(quarter) & set(texts(rows[:36], weight=0.25))) >= 7, "and nearly so when rows come or go"
