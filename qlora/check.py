@@ -18,7 +18,8 @@ from rich.console import Console
 
 from qlora.data.formats import read_examples
 from qlora.data.lint import Segment, SplitReport, coloured, lint
-from qlora.data.rendering import PreparedData, RenderedRow, render_sources
+from qlora.data.rendering import PreparedData, RenderedRow, render_examples
+from qlora.data.splits import read_splits
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
 from qlora.models.estimates import estimate_stages
@@ -236,11 +237,19 @@ def _look_at_data(
         for source in [*data.train, *([data.eval] if data.eval else [])]:
             attempt(read_examples, source)
         return None, None
-    train = attempt(render_sources, data.train, tokenizer, data, split_name="train")
+    if data.eval is not None and attempt(read_examples, data.eval) is None:
+        data = data.model_copy(update={"eval": None, "eval_share": 0.0})  # the training rows are looked at all the same
+    splits = attempt(read_splits, data)
+    if splits is None:
+        return None, None
+    train = attempt(render_examples, splits.train, tokenizer, data, split_name="train")
     evaluation = None
-    if data.eval is not None:
-        evaluation = attempt(render_sources, [data.eval], tokenizer, data, split_name="eval")
-    else:
+    if splits.evaluation is not None:
+        evaluation = attempt(render_examples, splits.evaluation, tokenizer, data, split_name="eval")
+    if splits.removed:
+        what = f"{splits.removed} training rows are rows of data.eval too, and are not trained on"
+        report.warnings.append(Problem(what, "data.train"))
+    if splits.evaluation is None:
         report.warnings.append(
             Problem("there are no held-out rows, so nothing will be measured", "data.eval", "name a file of rows")
         )

@@ -103,8 +103,8 @@ class Pipeline:
             if not self._is_current(STAGES["quantize"]):
                 stages.check_quantization(self.state)
             for stage in STAGES.values():
-                if stage.name == "evaluate" and self.recipe.data.eval is None:
-                    self.out.print("  evaluate   skipped: the recipe has no data.eval, so nothing was measured")
+                if stage.name == "evaluate" and self.state.splits.evaluation is None:
+                    self.out.print("  evaluate   skipped: no rows are held out, so nothing was measured")
                     continue
                 self._ensure(stage)
             self._finish()
@@ -210,7 +210,7 @@ class Pipeline:
 
     def _finish(self) -> None:
         """Show the ladder, what fell short, and where the checkpoint is. Raises `GateFailed` if a gate is missed."""
-        if self.recipe.data.eval is not None:
+        if self.state.splits.evaluation is not None:
             ladder = stages.read_ladder(self.dirs)
             self.out.print()
             self.out.print(ladder_table(ladder["rungs"], ladder["rows"], ladder["tokens"]))
@@ -219,7 +219,7 @@ class Pipeline:
         for note in quantize_notes(self.lineage.metrics("quantize")):
             self.out.print(note, markup=False)
         self.out.print(f"\nGPTQ checkpoint: [bold]{self.dirs.gptq}[/bold]")
-        if self.recipe.data.eval is not None and (failed := stages.failed_gates(self.recipe, ladder)):
+        if self.state.splits.evaluation is not None and (failed := stages.failed_gates(self.recipe, ladder)):
             raise GateFailed(failed)
 
     def _is_current(self, stage: Stage) -> bool:

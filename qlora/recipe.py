@@ -77,7 +77,11 @@ class Data(Section):
     train: list[Source] = Field(min_length=1)
     """Rows to train on; calibration of GPTQ draws from them too."""
     eval: Source | None = None
-    """Held-out rows for the ladder. Needed by `qlora evaluate`; never trained on, never used for calibration."""
+    """Held-out rows for the ladder; never trained on, never used for calibration."""
+    eval_share: Annotated[float, Field(ge=0, lt=1)] = 0.02
+    """Of the training rows, held out where there is no `eval`, 500 at most: always the same ones. 0: none."""
+    overlap: Literal["remove", "keep"] = "remove"
+    """Training rows that are rows of `eval` too: leave them out of training, or keep them."""
     loss_on: Literal["completion", "assistant", "all"] = "completion"
     """Learn the last answer and its end-of-turn token only, those of every assistant turn, or every token."""
     max_length: PositiveInt = 2048

@@ -55,22 +55,29 @@ class Run:
     @cached_property
     def train_rows(self) -> Any:
         """`PreparedData` of the training split."""
-        return self._prepare(self.recipe.data.train, "train")
+        return self._prepare(self.splits.train, "train")
 
     @cached_property
     def eval_rows(self) -> Any:
-        """`PreparedData` of the held-out split; None if the recipe has none."""
-        return self._prepare([self.recipe.data.eval], "eval") if self.recipe.data.eval is not None else None
+        """`PreparedData` of the held-out split; None if there is none."""
+        return self._prepare(self.splits.evaluation, "eval") if self.splits.evaluation is not None else None
 
     @property
     def held_out_rows(self) -> Sequence[Any]:
-        """The rows of the held-out split; empty if the recipe has none."""
+        """The rows of the held-out split; empty if there is none."""
         return self.eval_rows.rows if self.eval_rows is not None else ()
 
-    def _prepare(self, sources: list[Any], split: str) -> Any:
+    @cached_property
+    def splits(self) -> Any:
+        """`Splits`: what is trained on, and what is held out."""
+        from qlora.data.splits import read_splits
+
+        return read_splits(self.recipe.data)
+
+    def _prepare(self, examples: Sequence[Any], split: str) -> Any:
         from qlora.data.rendering import prepare
 
-        prepared = prepare(sources, self.tokenizer, self.recipe.data, split_name=split)
+        prepared = prepare(examples, self.tokenizer, self.recipe.data, split_name=split)
         if prepared.chat_template is not None:
             self.tokenizer.chat_template = prepared.chat_template
         return prepared
@@ -85,6 +92,7 @@ class Run:
         return {
             "data.train": [source_digest(source) for source in data.train],
             "data.eval": source_digest(data.eval) if data.eval is not None else None,
+            "data.eval_share": self.splits.digest,  # by what it holds out, or data.eval takes out
             "data.chat_template": file_digest(template) if template and template.is_file() else data.chat_template,
             "quantize.calibration.from": corpus_digest(calibration.from_),
             "quantize.calibration.mix.from": corpus_digest(calibration.mix.from_) if calibration.mix else None,
@@ -119,7 +127,8 @@ def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
         reporter=Reporter(progress, lambda values, step: run.log("train", values, step)),
     )
     _release_memory()
-    return metrics | {"data": asdict(rows.statistics)}
+    apart = {"held_out": run.splits.held_out, "removed": run.splits.removed}
+    return metrics | {"data": asdict(rows.statistics) | apart}
 
 
 def merge(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:

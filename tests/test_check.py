@@ -191,7 +191,7 @@ def test_a_merge_without_weights_needs_no_disk(make) -> None:
 
 
 def test_a_recipe_without_held_out_rows_is_noted(make) -> None:
-    report = check(make(data={"eval": None}))
+    report = check(make(data={"eval": None, "eval_share": 0}))
     assert report.problems == []
     assert any("nothing will be measured" in warning.what for warning in report.warnings)
 

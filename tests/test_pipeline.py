@@ -399,9 +399,28 @@ def test_a_missed_gate_ends_with_3_and_keeps_the_artefacts(finished, capsys):
 
 
 def test_without_eval_rows_the_run_says_that_nothing_was_measured(tiny_recipe, capsys):
-    run_dir = run(tiny_recipe(), "data.eval=null")
+    run_dir = run(tiny_recipe(), "data.eval=null", "data.eval_share=0")
     assert (run_dir / "gptq/model.safetensors").is_file() and not (run_dir / "evaluation").exists()
     assert "nothing was measured" in capsys.readouterr().out
+
+
+def test_without_eval_rows_a_share_of_the_training_rows_is_measured_and_not_trained_on(tiny_recipe, capsys):
+    path = tiny_recipe()
+    run_dir = run(path, "data.eval=null", "data.eval_share=0.3")
+    data = read_json(run_dir / "lineage.json")["stages"]["train"]["metrics"]["data"]
+    assert data["held_out"] > 0 and data["rows_read"] + data["held_out"] == len(load_recipe_rows(path))
+    assert read_json(run_dir / "evaluation/ladder.json")["rows"] == data["held_out"]
+    run(path, "data.eval=null", "data.eval_share=0.3")
+    assert "train      up to date" in capsys.readouterr().out
+    run(path, "data.eval=null", "data.eval_share=0")
+    assert "train      runs again because data.eval_share changed" in capsys.readouterr().out
+
+
+def load_recipe_rows(path: Path) -> list[object]:
+    from qlora.data.formats import read_examples
+    from qlora.recipe_file import load_recipe
+
+    return read_examples(load_recipe(path).data.train[0])
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

@@ -285,12 +285,24 @@ def render_sources(
     split_name: str,
     progress: ProgressCallback | None = None,
 ) -> PreparedData:
-    """Renders every row of the sources, in order; rows without a supervised token are kept, for `lint` to report.
+    """Reads the sources and renders them as `render_examples` does."""
+    examples = [located for source in sources for located in read_examples(source)]
+    return render_examples(examples, tokenizer, settings, split_name=split_name, progress=progress)
+
+
+def render_examples(
+    examples: Sequence[tuple[Example, str]],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: Data,
+    *,
+    split_name: str,
+    progress: ProgressCallback | None = None,
+) -> PreparedData:
+    """Renders located examples, in order; rows without a supervised token are kept, for `lint` to report.
 
     Rows longer than `max_length` are cut, or left out where `overlong` is "drop". Raises `UserError` for sources that
     cannot be read and rows that cannot be rendered: all of them counted, the first ones shown.
     """
-    examples = [located for source in sources for located in read_examples(source)]
     template = None
     if any(needs_template(example) for example, _ in examples):
         template = resolve_chat_template(tokenizer, settings.chat_template)
@@ -317,18 +329,18 @@ def render_sources(
 
 
 def prepare(
-    sources: Sequence[Source],
+    examples: Sequence[tuple[Example, str]],
     tokenizer: PreTrainedTokenizerBase,
     settings: Data,
     *,
     split_name: str,
     progress: ProgressCallback | None = None,
 ) -> PreparedData:
-    """Renders a split that can be trained on or evaluated: as `render_sources`, and every row has something to learn.
+    """Renders a split that can be trained on or evaluated: as `render_examples`, and every row has something to learn.
 
     Raises `UserError` also when rows have no supervised token, or when no row is left.
     """
-    prepared = render_sources(sources, tokenizer, settings, split_name=split_name, progress=progress)
+    prepared = render_examples(examples, tokenizer, settings, split_name=split_name, progress=progress)
     if not prepared.rows:
         raise UserError(
             f"all {prepared.statistics.rows_read} rows of the {split_name} split are longer than "
