@@ -56,7 +56,7 @@ class Model(Section):
 
 class Source(Section):
     path: str
-    """Local .json, .jsonl, .csv or .parquet file (relative to the recipe's file), or a dataset's hub id."""
+    """Local .json, .jsonl, .csv or .parquet file, folder of such, or saved data set, from the recipe; or a hub id."""
     config: str | None = None
     """Configuration of a hub data set."""
     split: str = "train"

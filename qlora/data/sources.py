@@ -1,8 +1,8 @@
 """Reads training and evaluation rows from local files or the Hugging Face hub, and says exactly which row is wrong.
 
 A source is one entry of the recipe's `data` section: a local file (JSON, JSON lines, CSV, Parquet), a local folder of
-such files, or a hub id. Whatever it is, it becomes a `RawRows`: a sequence of plain dictionaries that knows where each
-of its rows came from.
+such files or of what `datasets` saved to disk, or a hub id. Whatever it is, it becomes a `RawRows`: a sequence of plain
+dictionaries that knows where each of its rows came from.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ def source_digest(source: Source) -> str:
     """
     digest = hashlib.sha256()
     if is_local(source.path):
-        for file in _data_files(Path(source.path), source.split):
+        path = Path(source.path)
+        saved = _saved_data_set(path, source.split)
+        for file in sorted(saved.glob("*.arrow")) if saved else _data_files(path, source.split):
             digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
             with file.open("rb") as stream:
                 while block := stream.read(1 << 20):
@@ -127,6 +129,8 @@ def _first(loaded: RawRows, count: int) -> RawRows:
 
 
 def _load_local(path: Path, split: str) -> RawRows:
+    if saved := _saved_data_set(path, split):
+        return _load_saved(saved)
     rows: list[dict[str, Any]] = []
     locations: list[str] = []
     problems: list[Problem] = []
@@ -141,6 +145,28 @@ def _load_local(path: Path, split: str) -> RawRows:
     if problems:
         raise malformed(problems, len(rows) + len(problems))
     return RawRows(rows, str(path), locations)
+
+
+def _saved_data_set(path: Path, split: str) -> Path | None:
+    """The folder of a data set that `save_to_disk` wrote, alone or in a dictionary of splits; None for others."""
+    if (path / "state.json").is_file():
+        return path
+    if not (path / "dataset_dict.json").is_file():
+        return None
+    if not (path / split / "state.json").is_file():
+        names = ", ".join(sorted(file.parent.name for file in path.glob("*/state.json")))
+        raise UserError(f"there is no split `{split}` (found: {names})", str(path), "set `split`")
+    return path / split
+
+
+def _load_saved(folder: Path) -> RawRows:
+    import datasets
+    import pyarrow
+
+    try:
+        return RawRows(datasets.load_from_disk(str(folder)), str(folder))  # type: ignore[arg-type]
+    except (OSError, ValueError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot be read as a saved data set: {error}", str(folder), "save it again") from error
 
 
 def malformed(problems: Sequence[Problem], total: int) -> UserError:

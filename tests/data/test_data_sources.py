@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -137,3 +138,19 @@ def test_a_hub_data_set_out_of_reach():
     environment = os.environ | {"HF_HUB_OFFLINE": "1"}
     result = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert "hub data set nobody/no-such-data [train]: cannot be read from the hub" in result.stdout, result.stderr
+
+
+def test_a_data_set_saved_to_disk(tmp_path, make_source):
+    rows = [{"text": f"row {number}"} for number in range(4)]
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(rows[:3]), test=datasets.Dataset.from_list(rows[3:]))
+    splits.save_to_disk(tmp_path / "both")
+    splits["train"].save_to_disk(tmp_path / "one")
+    for source in (make_source(tmp_path / "both"), make_source(tmp_path / "one")):
+        loaded = load_rows(source)
+        assert list(loaded) == rows[:3] and loaded.where(1).endswith(", row 1")
+        assert len(load_rows(source.model_copy(update={"max_rows": 2}))) == 2
+    assert list(load_rows(make_source(tmp_path / "both", split="test"))) == rows[3:]
+    with pytest.raises(UserError, match=r"no split `dev` \(found: test, train\)"):
+        load_rows(make_source(tmp_path / "both", split="dev"))
+    same = source_digest(make_source(tmp_path / "both")), source_digest(make_source(tmp_path / "both", split="test"))
+    assert same[0] != same[1] and source_digest(make_source(tmp_path / "both")) == same[0]
