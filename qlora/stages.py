@@ -75,9 +75,13 @@ class Run:
         return read_splits(self.recipe.data)
 
     def _prepare(self, examples: Sequence[Any], split: str) -> Any:
+        from qlora.data.cache import with_cache
         from qlora.data.rendering import prepare
 
-        prepared = prepare(examples, self.tokenizer, self.recipe.data, split_name=split)
+        data, tokenizer = self.recipe.data, self.tokenizer
+        prepared = with_cache(
+            examples, tokenizer, data, split, lambda: prepare(examples, tokenizer, data, split_name=split)
+        )
         if prepared.chat_template is not None:
             self.tokenizer.chat_template = prepared.chat_template
         return prepared
