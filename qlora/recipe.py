@@ -152,7 +152,13 @@ class Train(Section):
     checkpoint_every: PositiveInt = 100
     """Steps between checkpoints to resume from; the last two are kept."""
     evaluate_every: PositiveInt | None = None
-    """Steps between evaluations of the loss on data.eval during training."""
+    """Steps between evaluations of the loss on held-out rows during training."""
+    keep_best: bool = False
+    """Merge the adapter of the evaluation with the lowest loss, not that of the last step."""
+    patience: PositiveInt | None = None
+    """End training after so many evaluations without a lower loss."""
+    neftune_alpha: Annotated[float, Field(gt=0)] | None = None
+    """Noise on token embeddings while training (NEFTune), scaled by each row's own length."""
     log_every: PositiveInt | None = None
     """Steps between log entries. null: 10 on a GPU, which waits for each, and 1 on a CPU."""
     processes: PositiveInt = 1
@@ -164,6 +170,12 @@ class Train(Section):
     def _one_batch_size(self) -> Train:
         if self.batch_size is not None and self.tokens_per_step is not None:
             raise ValueError("give batch_size or tokens_per_step, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _best_of_evaluations(self) -> Train:
+        if (self.keep_best or self.patience) and self.evaluate_every is None:
+            raise ValueError("keep_best and patience go by evaluations: set evaluate_every")
         return self
 
     @field_validator("args")

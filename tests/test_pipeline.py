@@ -175,7 +175,7 @@ def test_the_content_of_calibration_text_and_templates_counts_not_their_paths(
             "train.tokens_per_step=96",
             "train.gradient_checkpointing=true",
         ],
-        ["data.loss_on=all", "train.evaluate_every=3", "train.args={neftune_noise_alpha: 5}"],
+        ["data.loss_on=all", "train.evaluate_every=2", "train.neftune_alpha=0.1", "train.keep_best=true"],
         ["quantize.asymmetric_calibration=1", "quantize.prompt_weight=0.25"],
     ],
     ids=lambda overrides: overrides[0],

@@ -13,7 +13,8 @@ def summary(stage: str, metrics: Mapping[str, Any]) -> str:
     if stage == "train":
         loss = metrics["final_loss"] if metrics["final_loss"] is not None else metrics["mean_loss"]
         rate = f", {metrics['tokens_per_second']:,.0f} tok/s" if metrics["tokens_per_second"] else ""
-        return f"{metrics['steps']} steps, loss {loss:.3f}{rate}"
+        best = f", the best at step {metrics['best']['step']}" if metrics.get("best") else ""
+        return f"{metrics['steps']} steps, loss {loss:.3f}{best}{rate}"
     if stage == "merge":
         done = "merged in fp32" if metrics["weights_written"] else "checked, no weights written"
         return f"{metrics['merged_modules']} layers {done}, base as trained"

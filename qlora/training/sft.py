@@ -30,10 +30,12 @@ from qlora.models.provenance import QuantizationSettings, write_provenance
 from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
 from qlora.recipe import Recipe
+from qlora.training.best import BEST, KeepBest
 from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
 from qlora.training.fused import Fused, fuse, fuse_head
 from qlora.training.graphs import Room
 from qlora.training.host_embedding import keep_embeddings_on_host
+from qlora.training.neftune import add_noise
 from qlora.training.packed import allow_packed
 from qlora.training.plan import Division, TrainingPlan, plan_training
 from qlora.training.probe import kept_bytes_per_token
@@ -72,16 +74,39 @@ def train_adapter(
     trainer.add_callback(MarkComplete())
     if recipe.train.profile and output is not None:
         trainer.add_callback(ProfileStep(checkpoints.parent / "profile", on_gpu=device.startswith("cuda")))
+    best = _keep_best(recipe, trainer, checkpoints, writes=output is not None)
     result = trainer.train(resume_from_checkpoint=str(last) if last else None)
     if not all(torch.isfinite(parameter).all() for parameter in trainable(trainer)):
         raise UserError(
             "training diverged: the adapter holds NaN or infinite numbers", "train.learning_rate", "lower it"
         )
+    totals = {"steps": result.global_step, "mean_loss": result.training_loss, "processes": trainer.args.world_size}
     if output is not None:
+        if best is not None and recipe.train.keep_best:
+            totals["best"] = best.restore()
         _write_adapter(trainer, tokenizer, base, output)
     trainer.accelerator.wait_for_everyone()
-    totals = {"steps": result.global_step, "mean_loss": result.training_loss, "processes": trainer.args.world_size}
     return report.metrics() | totals
+
+
+def _keep_best(recipe: Recipe, trainer: Trainer, checkpoints: Path, *, writes: bool) -> KeepBest | None:
+    train = recipe.train
+    if train.evaluate_every is None or not (train.keep_best or train.patience):
+        return None
+    if trainer.eval_dataset is None:
+        raise UserError(
+            "there are no held-out rows to evaluate on",
+            "train.keep_best" if train.keep_best else "train.patience",
+            "name some in data.eval, or set data.eval_share",
+        )
+
+    def parameters() -> dict[str, torch.nn.Parameter]:
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    best = KeepBest(checkpoints / BEST, parameters, train.evaluate_every, train.patience, writes)
+    trainer.add_callback(best)
+    return best
 
 
 def build_trainer(
@@ -110,6 +135,8 @@ def build_trainer(
     if fused is not None and largest.dense:
         fused.keep_dense(largest.dense / plan.layers)
     log.info("training: %s", plan.text)
+    if recipe.train.neftune_alpha is not None:
+        add_noise(model.get_base_model(), recipe.train.neftune_alpha)
     if fused is not None and largest.offloaded and keep_embeddings_on_host(model.get_base_model()):
         log.info("token embeddings are in host memory")
     for what, reason in (("rows are padded", cannot_pack), ("TRL computes the loss", plain_head)):

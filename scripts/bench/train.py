@@ -84,13 +84,15 @@ def rows_of(arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
         vocabulary = SHAPES[arguments.shape]["vocab_size"] if arguments.shape else 1000
         rows = torch.randint(10, vocabulary, (count, arguments.length), generator=generator).tolist()
         return [{"input_ids": row, "labels": row} for row in rows]
+    from qlora.data.formats import read_examples
     from qlora.data.rendering import prepare
     from qlora.models.loading import load_tokenizer
     from qlora.recipe import Data
 
     path = as_chat(arguments.train, arguments.out, count)
     data = Data.model_validate({"train": [{"path": str(path)}], "max_length": arguments.length, "loss_on": "all"})
-    found = prepare(data.train, load_tokenizer(arguments.tokenizer or arguments.model), data, split_name="train").rows
+    tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
+    found = prepare(read_examples(data.train[0]), tokenizer, data, split_name="train").rows
     return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in found]
 
 
