@@ -113,6 +113,8 @@ class Lora(Section):
     """Train the biases of the base too: none, those of adapted layers, or all."""
     modules_to_save: list[str] = []
     """Modules trained in full and stored with the adapter, such as a new head."""
+    start_from: str | None = None
+    """Directory of an adapter to go on from, such as another run's `adapter`, with this section's settings."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the trained parameters (products run in compute_dtype). float32 keeps small updates alive."""
 
@@ -134,6 +136,8 @@ class Train(Section):
     """GiB that training may take of a device; auto: what is free, but for a tenth."""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     """Peak learning rate."""
+    loraplus_ratio: Annotated[float, Field(ge=1)] = 1.0
+    """Learning rate of B relative to A's (LoRA+, Hayou et al. 2024, who suggest 16)."""
     scheduler: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
     """Learning rate schedule after the warm-up."""
     warmup_steps: Annotated[int, Field(ge=0)] = 0

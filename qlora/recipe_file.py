@@ -23,6 +23,7 @@ Key = tuple[str | int, ...]
 PATH_KEYS = (
     ("model", "base"),
     ("data", "chat_template"),
+    ("lora", "start_from"),
     ("quantize", "calibration", "from"),
     ("quantize", "calibration", "mix", "from"),
 )

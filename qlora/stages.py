@@ -90,6 +90,7 @@ class Run:
         """Digests of what the recipe reads besides the base, by key, for fingerprints: content, not paths."""
         from qlora.data.corpora import corpus_digest
         from qlora.data.sources import source_digest
+        from qlora.models.starting_adapter import starting_digest
 
         data, calibration = self.recipe.data, self.recipe.quantize.calibration
         template = Path(data.chat_template) if data.chat_template else None
@@ -98,6 +99,7 @@ class Run:
             "data.eval": source_digest(data.eval) if data.eval is not None else None,
             "data.eval_share": self.splits.digest,  # by what it holds out, or data.eval takes out
             "data.chat_template": file_digest(template) if template and template.is_file() else data.chat_template,
+            "lora.start_from": starting_digest(self.recipe.lora),
             "quantize.calibration.from": corpus_digest(calibration.from_),
             "quantize.calibration.mix.from": corpus_digest(calibration.mix.from_) if calibration.mix else None,
         }

@@ -26,6 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError
 from qlora.models.loading import attach_adapter
+from qlora.models.starting_adapter import require_fit
 from qlora.models.stored_names import stored_names
 from qlora.quantization.experts import Experts, expert_pieces, take_experts_apart
 from qlora.quantization.modules import decoder_layers, quantizable_modules, weight_shape
@@ -186,9 +187,11 @@ def _linears(model: PreTrainedModel) -> tuple[LinearShape, ...]:
 def adapter_shapes(model: PreTrainedModel, lora: Lora) -> AdapterShapes:
     """What the recipe's adapter trains. PEFT attaches it to `model` (a `skeleton`), so its own matching rules count.
 
-    Raises `UserError` when `lora.target_modules` matches nothing.
+    Raises `UserError` when `lora.target_modules` matches nothing, or is not what `lora.start_from` has.
     """
     adapted = attach_adapter(model, lora)
+    if lora.start_from is not None:
+        require_fit(adapted, lora)
     return AdapterShapes(sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad))
 
 

@@ -29,6 +29,7 @@ from qlora.models.loading import DTYPES, attach_adapter, load_base
 from qlora.models.provenance import QuantizationSettings, write_provenance
 from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
+from qlora.models.starting_adapter import require_base, start_from
 from qlora.recipe import Recipe
 from qlora.training.best import BEST, KeepBest
 from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
@@ -156,6 +157,7 @@ def build_trainer(
         packed=cannot_pack is None,
         own_head=plain_head is None,
         room=room,
+        loraplus_ratio=recipe.train.loraplus_ratio,
         model=model,
         args=config,
         train_dataset=_dataset(rows),
@@ -166,6 +168,8 @@ def build_trainer(
     # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
     for parameter in trainable(trainer):
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
+    if recipe.lora.start_from is not None:
+        start_from(model, recipe.lora)
     return trainer
 
 
@@ -274,7 +278,7 @@ def _write_adapter(trainer: Trainer, tokenizer: Any, base: Base, output: Path) -
 
 def _write_provenance(trainer: Trainer, recipe: Recipe, base: Base, output: Path) -> None:
     """Before the first step, so that a device that computes 4-bit layers wrongly is refused before it costs time."""
-    write_provenance(
+    provenance = write_provenance(
         trainer.accelerator.unwrap_model(trainer.model),
         output / "base.json",
         base_id=base.id,
@@ -285,6 +289,8 @@ def _write_provenance(trainer: Trainer, recipe: Recipe, base: Base, output: Path
             compute_dtype=DTYPES[recipe.model.dtype],
         ),
     )
+    if recipe.lora.start_from is not None:
+        require_base(provenance, recipe.lora)
 
 
 def _checkpoint_to_resume(checkpoints: Path, fingerprint: str, keep: bool) -> Path | None:

@@ -46,7 +46,8 @@ class Trainer(SFTTrainer):
 
     `packed`: the model's attention takes packed rows. `own_head`: the model computes its loss from `HEAD_INPUTS`; TRL
     computes it otherwise, and wherever its options ask for more than the cross-entropy. `room`: forwards are
-    CUDA graphs, of batches that fill it; where the loss is the model's own.
+    CUDA graphs, of batches that fill it; where the loss is the model's own. `loraplus_ratio`: of B's learning rate to
+    A's.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class Trainer(SFTTrainer):
         packed: bool,
         own_head: bool,
         room: Room | None,
+        loraplus_ratio: float,
         args: SFTConfig,
         **options: Any,
     ) -> None:
@@ -66,6 +68,7 @@ class Trainer(SFTTrainer):
             own_head and not self.aux_loss_enabled and args.loss_type == "nll" and args.label_smoothing_factor == 0
         )
         self.room = room if self.own_head else None
+        self.loraplus_ratio = loraplus_ratio
         self.most_tokens: float = math.inf
         """Of a forward, since memory ran out."""
         # Every loss here is divided by the tokens of the whole step, whatever the model's own forward takes.
@@ -109,8 +112,17 @@ class Trainer(SFTTrainer):
         return super()._prepare_input(data)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """Over all parameters in one piece where passes are recorded."""
+        """B at a learning rate of its own (LoRA+), and all parameters in one piece where passes are recorded."""
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
+        if self.loraplus_ratio != 1:
+            assert self.model is not None
+            ups = {id(each) for name, each in self.model.named_parameters() if ".lora_B." in name}
+            for group in list(optimizer.param_groups):
+                apart = [each for each in group["params"] if id(each) in ups]
+                if apart:
+                    group["params"] = [each for each in group["params"] if id(each) not in ups]
+                    rate = self.loraplus_ratio * group["lr"]
+                    optimizer.add_param_group({**group, "params": apart, "lr": rate})
         if self.room is not None:
             optimizer = self.optimizer = self._flat.optimizer(optimizer)
             # What the loop calls walks over all modules.
