@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,19 @@ def is_intact(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     return all(
         (p := directory / name).is_file() and p.stat().st_size == entry["bytes"] for name, entry in files.items()
     )
+
+
+def link_weights(source: Path, target: Path, files: Iterable[str]) -> None:
+    """Put files of a finished artefact into another folder: safetensors as hard links where there are such."""
+    for name in files:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.endswith(".safetensors"):
+            try:
+                os.link(source / name, target / name)
+                continue
+            except OSError:  # another file system, or one without links
+                pass
+        shutil.copy2(source / name, target / name)
 
 
 def require_disk(directory: Path, needed: int, purpose: str) -> None:

@@ -32,12 +32,46 @@ def qlora() -> None:
 @qlora.command()
 @RECIPE
 @OVERRIDES
-def run(recipe: str, overrides: tuple[str, ...]) -> None:
+@click.option(
+    "--reuse",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="Folder of run directories: take over their finished stages where recipe, data and versions are the same.",
+)
+def run(recipe: str, overrides: tuple[str, ...], reuse: Path | None) -> None:
     """Every stage in order; finished ones are skipped. Safe to interrupt and run again."""
     from qlora.pipeline import Pipeline
     from qlora.recipe_file import load_recipe
 
-    Pipeline(load_recipe(recipe, overrides)).run()
+    Pipeline(load_recipe(recipe, overrides), reuse).run()
+
+
+@qlora.command()
+@RECIPE
+@OVERRIDES
+@click.option("--cluster", type=click.Choice(["local", "slurm"]), default="local", help="Where jobs run.")
+@click.option("--jobs", type=click.IntRange(min=1), help="At a time. Default: one for each visible GPU, or one.")
+@click.option("--slurm", multiple=True, metavar="KEY=VALUE", help="A submitit parameter such as slurm_partition=gpu.")
+@click.option(
+    "--wandb", type=click.Path(path_type=Path), help="Write a sweep file for wandb's agents, and run nothing."
+)
+def sweep(
+    recipe: str,
+    overrides: tuple[str, ...],
+    cluster: str,
+    jobs: int | None,
+    slurm: tuple[str, ...],
+    wandb: Path | None,
+) -> None:
+    """A run for every combination of values: qlora sweep RECIPE lora.r=8,16 train.learning_rate=1e-4,2e-4
+
+    Stages that several runs share are computed once. Run it again to go on after an interrupt.
+    """
+    from qlora import sweep as sweeps
+
+    if wandb is not None:
+        sweeps.write_wandb(recipe, overrides, wandb)
+        return
+    sweeps.sweep(recipe, overrides, cluster=cluster, jobs=jobs, parameters=dict(item.split("=", 1) for item in slurm))
 
 
 def _stage(name: str, text: str) -> None:

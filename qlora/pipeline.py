@@ -19,9 +19,20 @@ from pathlib import Path
 from typing import Any
 
 from qlora import stages
-from qlora.artifacts import LOCK_HELD, Lineage, atomic_directory, digest, exclusive, is_intact, manifest, write_text
+from qlora.artifacts import (
+    LOCK_HELD,
+    Lineage,
+    atomic_directory,
+    digest,
+    exclusive,
+    is_intact,
+    link_weights,
+    manifest,
+    write_text,
+)
 from qlora.errors import GateFailed, Problem, QloraError, UserError
 from qlora.measure import Measured, measured
+from qlora.paths import RunDir
 from qlora.recipe import Recipe
 from qlora.recipe_file import dump_recipe
 from qlora.reporting.console import StageProgress, console, duration, is_main_process, log_to
@@ -89,8 +100,9 @@ STAGES = {
 class Pipeline:
     """Runs stages of one recipe in its run directory."""
 
-    def __init__(self, recipe: Recipe) -> None:
-        self.recipe = recipe
+    def __init__(self, recipe: Recipe, reuse: Path | None = None) -> None:
+        """reuse: a folder of run directories whose finished stages are taken over where they would be the same."""
+        self.recipe, self.reuse = recipe, reuse
         self.state = Run(recipe)
         self.dirs = self.state.dirs
         self.lineage = Lineage(self.dirs.lineage)
@@ -152,6 +164,8 @@ class Pipeline:
         if self._is_current(stage):
             self.out.print(f"  {stage.name:10} up to date ({summary(stage.name, entry['metrics'])})")
             return
+        if self._take_over(stage):
+            return
         changed = self._what_changed(stage)
         if changed:
             self.out.print(f"  {stage.name:10} runs again{changed}")
@@ -160,6 +174,25 @@ class Pipeline:
             self._launch_training(processes)
             return
         self._execute(stage)
+
+    def _take_over(self, stage: Stage) -> bool:
+        """Have what another run's stage made of the same inputs; weights as links, so that they take no room."""
+        if self.reuse is None or not is_main_process():
+            return False
+        wanted, own = digest(self._fingerprint(stage)), self.dirs.lineage.resolve()
+        for path in sorted(self.reuse.glob("*/lineage.json")):
+            entry = Lineage(path).stages.get(stage.name, {})
+            source: Path = getattr(RunDir(path.parent), stage.output)
+            if path.resolve() == own or entry.get("status") != "complete" or entry["fingerprint"] != wanted:
+                continue
+            if is_intact(source, entry["outputs"]):
+                target: Path = getattr(self.dirs, stage.output)
+                with atomic_directory(target) as partial:
+                    link_weights(source, partial, entry["outputs"])
+                self.lineage.record(stage.name, entry | {"taken_from": str(path.parent)})
+                self.out.print(f"  {stage.name:10} taken from {path.parent} ({summary(stage.name, entry['metrics'])})")
+                return True
+        return False
 
     def _execute(self, stage: Stage) -> None:
         fingerprint = self._fingerprint(stage)

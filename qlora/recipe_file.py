@@ -128,6 +128,11 @@ def _construct(node: yaml.Node, path: Path, key: Key, where: dict[Key, str]) -> 
     return yaml.load(yaml.serialize(node), Loader=_Scalars)  # noqa: S506 - a SafeLoader with one more number pattern
 
 
+def parse_value(text: str) -> Any:
+    """What a value on the command line stands for."""
+    return yaml.load(text, Loader=_Scalars)  # noqa: S506 - a SafeLoader with one more number pattern
+
+
 def _parse_override(text: str) -> Tree:
     """`section.key=value` as a tree; the value is YAML."""
     name, separator, value = text.partition("=")
@@ -136,7 +141,7 @@ def _parse_override(text: str) -> Tree:
             f"{text!r} is not an override", "command line", "write section.key=value, for example train.epochs=2"
         )
     try:
-        parsed = yaml.load(value, Loader=_Scalars)  # noqa: S506 - a SafeLoader with one more number pattern
+        parsed = parse_value(value)
     except yaml.YAMLError:
         raise UserError(f"the value of {name} is not valid YAML: {value}", "command line") from None
     keys: Key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
