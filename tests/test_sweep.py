@@ -1,44 +1,42 @@
-"""A grid of runs through the command line: what is shared is computed once, and what came out is shown."""
+"""A grid of runs: what is shared is computed once, and what came out is shown."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from qlora.artifacts import read_json
-from qlora.errors import UserError
+from qlora.cli import qlora
+from qlora.errors import QloraError, UserError
 from qlora.recipe_file import load_recipe
-from qlora.sweep import Grid, write_wandb
+from qlora.sweep import Grid, sweep
 
 
-def sweep(*arguments):
-    environment = os.environ | {"COLUMNS": "200"}
-    command = [sys.executable, "-m", "qlora", "sweep", *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+def run(path, *overrides, jobs=None):
+    sweep(str(path), overrides, cluster="local", jobs=jobs, parameters={})
 
 
-def test_every_combination_is_a_run_and_what_they_share_is_computed_once(tiny_recipe, tmp_path):
+def test_every_combination_is_a_run_and_what_they_share_is_computed_once(tiny_recipe, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
     path = tiny_recipe(train={"max_steps": 2}, evaluate={"rows": 2})
-    done = sweep(path, "quantize.bits=4,3", "lora.r=4")
-    assert done.returncode == 0, done.stdout + done.stderr
+    run(path, "quantize.bits=4,3", "lora.r=4")
     folder = tmp_path / "runs" / "tiny-sweep"
-    runs = {run["name"]: run for run in read_json(folder / "sweep.json")["runs"]}
-    assert list(runs) == ["bits-4", "bits-3"] and all(run["outcome"] == "done" for run in runs.values())
+    runs = {each["name"]: each for each in read_json(folder / "sweep.json")["runs"]}
+    assert list(runs) == ["bits-4", "bits-3"] and all(each["outcome"] == "done" for each in runs.values())
     assert runs["bits-4"]["taken_over"] == [] and runs["bits-3"]["taken_over"] == ["train", "merge"]
     weights = [folder / name / "merged" / "model.safetensors" for name in runs]
     assert weights[0].samefile(weights[1])
     assert runs["bits-4"]["gptq"]["kl"] < runs["bits-3"]["gptq"]["kl"]
     assert load_recipe(folder / "bits-3" / "recipe.yaml").lora.r == 4
-    assert "2 runs, 1 adapters to train" in done.stdout and "train, merge taken over" in done.stdout
+    told = capsys.readouterr().out
+    assert "2 runs, 1 adapters to train" in told and "train, merge taken over" in told
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
-    before = {run: (folder / run / "gptq" / "model.safetensors").stat().st_mtime_ns for run in runs}
-    assert sweep(path, "quantize.bits=4,3", "lora.r=4").returncode == 0
-    assert {run: (folder / run / "gptq" / "model.safetensors").stat().st_mtime_ns for run in runs} == before
+    before = {name: (folder / name / "gptq" / "model.safetensors").stat().st_mtime_ns for name in runs}
+    run(path, "quantize.bits=4,3", "lora.r=4", jobs=2)
+    assert {name: (folder / name / "gptq" / "model.safetensors").stat().st_mtime_ns for name in runs} == before
 
 
 def test_names_values_and_groups(tiny_recipe):
@@ -69,17 +67,19 @@ def test_a_grid_that_cannot_run_is_refused_before_anything_runs(tiny_recipe, ove
 
 def test_a_run_that_fails_does_not_stop_the_others(tiny_recipe, tmp_path):
     missing = [f"[{{path: {tmp_path / name}}}]" for name in ("one.jsonl", "two.jsonl")]
-    done = sweep(tiny_recipe(), f"data.train={','.join(missing)}")
-    assert done.returncode == 2 and done.stdout.count("failed (2)") >= 2
+    with pytest.raises(QloraError, match="failed") as failure:
+        run(tiny_recipe(), f"data.train={','.join(missing)}", jobs=2)
+    assert len(failure.value.problems) == 2
     runs = read_json(tmp_path / "runs" / "tiny-sweep" / "sweep.json")["runs"]
-    assert [run["outcome"] for run in runs] == ["failed (2)"] * 2
+    assert [each["outcome"] for each in runs] == ["failed (2)"] * 2
     logs = [log.read_text() for log in (tmp_path / "runs" / "tiny-sweep" / "jobs").glob("*.err")]
     assert all(any(f"{name}.jsonl" in log for log in logs) for name in ("one", "two"))
 
 
 def test_a_file_for_wandbs_agents(tiny_recipe, tmp_path):
     path, file = tiny_recipe(), tmp_path / "sweep.yaml"
-    write_wandb(str(path), ["lora.r=8,16", "train.learning_rate=1e-4,2e-4", "seed=3"], file)
+    overrides = ["lora.r=8,16", "train.learning_rate=1e-4,2e-4", "seed=3"]
+    assert CliRunner().invoke(qlora, ["sweep", str(path), *overrides, "--wandb", str(file)]).exit_code == 0
     document = yaml.safe_load(file.read_text())
     assert document["method"] == "grid"
     assert document["parameters"] == {
