@@ -100,7 +100,8 @@ def sweep(
     grid = Grid.of(recipe, overrides)
     out = console()
     groups = grid.groups()
-    shared = f", {len(groups)} adapters to train" if len(groups) < len(grid.points) else ""
+    adapters = "1 adapter" if len(groups) == 1 else f"{len(groups)} adapters"
+    shared = f", {adapters} to train" if len(groups) < len(grid.points) else ""
     out.print(f"{len(grid.points)} runs{shared} · {grid.directory}")
     grid.directory.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder=grid.directory / "jobs", cluster=cluster)
@@ -253,6 +254,6 @@ def _values(override: str) -> list[str]:
 def _name(values: Mapping[str, str]) -> str:
     """Of a run directory: the last words of keys where they are enough to tell them apart."""
     last = [key.rpartition(".")[2] for key in values]
-    words = last if len(set(last)) == len(last) else [key for key in values]
+    words = last if len(set(last)) == len(last) else list(values)
     plain = [re.sub(r"[^A-Za-z0-9._]+", "-", Path(value).name).strip("-.") for value in values.values()]
     return "_".join(f"{word}-{value}" for word, value in zip(words, plain, strict=True)).strip("-._")

@@ -31,7 +31,7 @@ def test_every_combination_is_a_run_and_what_they_share_is_computed_once(tiny_re
     assert runs["bits-4"]["gptq"]["kl"] < runs["bits-3"]["gptq"]["kl"]
     assert load_recipe(folder / "bits-3" / "recipe.yaml").lora.r == 4
     told = capsys.readouterr().out
-    assert "2 runs, 1 adapters to train" in told and "train, merge taken over" in told
+    assert "2 runs, 1 adapter to train" in told and "train, merge taken over" in told
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
     before = {name: (folder / name / "gptq" / "model.safetensors").stat().st_mtime_ns for name in runs}
