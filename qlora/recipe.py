@@ -63,7 +63,9 @@ class Source(Section):
     """Split of a hub data set."""
     revision: str | None = None
     """Revision of a hub data set."""
-    format: Literal["auto", "messages", "conversations", "prompt_completion", "instruction", "text"] = "auto"
+    format: Literal[
+        "auto", "messages", "conversations", "prompt_completion", "instruction", "text", "preference", "kto"
+    ] = "auto"
     """Shape of a row; auto recognises it by its columns."""
     columns: dict[str, str] = {}
     """What a format's columns are called here, such as `{question: problem, answer: solution}`."""

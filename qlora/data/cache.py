@@ -94,6 +94,8 @@ def _write(file: Path, prepared: PreparedData) -> None:
         "prompt_length": pyarrow.array([row.prompt_length for row in rows], pyarrow.int32()),
         "truncated": pyarrow.array([row.truncated for row in rows], pyarrow.bool_()),
         "answer_text": pyarrow.array([row.answer_text for row in rows], pyarrow.string()),
+        "rejected_ids": pyarrow.array([row.rejected_ids for row in rows], pyarrow.list_(pyarrow.int32())),
+        "good": pyarrow.array([row.good for row in rows], pyarrow.bool_()),
         "location": pyarrow.array(prepared.locations, pyarrow.string()),
     }
     about = {

@@ -1,4 +1,4 @@
-"""Turns a row of any supported layout into one of three normal forms, which are all that rendering knows.
+"""Turns a row of any supported layout into one of a few normal forms, which are all that rendering knows.
 
 | format | columns | normal form |
 | --- | --- | --- |
@@ -6,7 +6,13 @@
 | conversations | `conversations` of `from` and `value` (and `system`, `tools`), as ShareGPT has them | `Chat` |
 | prompt_completion | `prompt`, `completion`: both texts, or both lists of messages | `Completion`, `Chat` |
 | instruction | `instruction`, `input` (may be empty or absent), `output`; or `question`, `answer` | `Chat` |
+| preference | `prompt`, `chosen`, `rejected`: texts, or lists of messages | `Pair` |
+| | `chosen`, `rejected`: conversations that differ in their last message | `Pair` |
+| | `question` (and `system`), `chosen`, `rejected`: texts | `Pair` |
+| kto | `prompt`, `completion` as in prompt_completion, and `label`: whether it is a good one | `Judged` |
 | text | `text` | `Text` |
+
+Preference columns are looked for last: what has `messages` too is read as conversations unless `format` says otherwise.
 """
 
 from __future__ import annotations
@@ -48,7 +54,23 @@ class Text:
     text: str
 
 
-Example = Chat | Completion | Text
+@dataclass(frozen=True)
+class Pair:
+    """Two answers to one prompt, of which the first is better."""
+
+    chosen: Chat | Completion
+    rejected: Chat | Completion
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An answer, and whether it is a good one."""
+
+    example: Chat | Completion
+    good: bool
+
+
+Example = Chat | Completion | Text | Pair | Judged
 
 # Who speaks in ShareGPT's rows and their relatives.
 _SPEAKERS = {
@@ -69,9 +91,15 @@ _INSTRUCTION_COLUMNS = (("instruction", "input", "output"), ("question", None, "
 _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (("messages",),),
     "conversations": (("conversations",),),
+    "kto": (("prompt", "completion", "label"),),
     "prompt_completion": (("prompt", "completion"),),
     "instruction": tuple((question, answer) for question, _, answer in _INSTRUCTION_COLUMNS),
     "text": (("text",),),
+    "preference": (
+        ("prompt", "chosen", "rejected"),
+        ("question", "chosen", "rejected"),
+        ("chosen", "rejected"),
+    ),
 }
 
 
@@ -138,6 +166,8 @@ def detect_format(rows: RawRows) -> str:
     """The format of a source, from the columns of its first row. Raises `UserError` when they fit none."""
     columns = rows.rows[0].keys()
     for name, alternatives in _COLUMNS.items():
+        if name == "kto" and not isinstance(rows.rows[0].get("label"), bool):
+            continue  # labels of another kind
         if any(set(needed) <= set(columns) for needed in alternatives):
             return name
     raise UserError(
@@ -162,12 +192,23 @@ def to_example(row: Mapping[str, Any], format: str, where: str = "") -> Example:
         return _prompt_completion(row, where)
     if format == "instruction":
         return _instruction(row, needed, where)
+    if format == "preference":
+        return _pair(row, needed, where)
+    if format == "kto":
+        return _judged(row, where)
     return Text(_text(row, "text", where))
 
 
 def needs_template(example: Example) -> bool:
     """Whether an example is rendered through a chat template."""
-    return isinstance(example, Chat)
+    return isinstance(single(example), Chat)
+
+
+def single(example: Example) -> Chat | Completion | Text:
+    """What of an example supervised training would learn: of a pair the better answer."""
+    if isinstance(example, Pair):
+        return example.chosen
+    return example.example if isinstance(example, Judged) else example
 
 
 def _conversation(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
@@ -210,12 +251,41 @@ def _calls(text: str, index: int, where: str) -> list[dict[str, Any]]:
     ]
 
 
-def _prompt_completion(row: Mapping[str, Any], where: str) -> Example:
+def _pair(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Pair:
+    if columns[0] == "question":
+        system = {"system": _text(row, "system", where)} if row.get("system") else {}
+        turns = [{"role": role, "content": text} for role, text in system.items()]
+        row = {**row, "prompt": [*turns, {"role": "user", "content": _text(row, "question", where)}]}
+        row |= {key: [{"role": "assistant", "content": _text(row, key, where)}] for key in ("chosen", "rejected")}
+    if "prompt" in row:
+        answers = [_prompt_completion({**row, "completion": row[key]}, where, key) for key in ("chosen", "rejected")]
+    else:
+        chats = [Chat(_messages(row[key], key, where), _tools(row, where)) for key in ("chosen", "rejected")]
+        if chats[0].messages[:-1] != chats[1].messages[:-1]:
+            raise UserError(
+                "`chosen` and `rejected` differ before their last message", where, "they must be answers to one prompt"
+            )
+        answers = [*chats]
+    if answers[0] == answers[1]:
+        raise UserError("`chosen` and `rejected` are the same", where, "leave the row out: nothing is preferred")
+    return Pair(*answers)
+
+
+def _judged(row: Mapping[str, Any], where: str) -> Judged:
+    label = row["label"]
+    if label not in (True, False):  # 0 and 1 too
+        raise UserError(f"column `label` must be true or false, not {_described(label)}", where)
+    return Judged(_prompt_completion(row, where), bool(label))
+
+
+def _prompt_completion(row: Mapping[str, Any], where: str, column: str = "completion") -> Chat | Completion:
     if not isinstance(row["prompt"], list):
-        return Completion(_text(row, "prompt", where), _text(row, "completion", where))
+        if not isinstance(row["completion"], str):
+            raise UserError(f"column `{column}` must hold text, not {_described(row['completion'])}", where)
+        return Completion(_text(row, "prompt", where), row["completion"])
     if not isinstance(row["completion"], list) or len(row["completion"]) != 1:
-        raise UserError("a `prompt` of messages needs a `completion` that is a list of one assistant message", where)
-    return Chat(_messages(row["prompt"] + row["completion"], "prompt + completion", where), _tools(row, where))
+        raise UserError(f"a `prompt` of messages needs a `{column}` that is a list of one assistant message", where)
+    return Chat(_messages(row["prompt"] + row["completion"], f"prompt + {column}", where), _tools(row, where))
 
 
 def _instruction(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Chat:

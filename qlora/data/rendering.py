@@ -11,6 +11,8 @@ searching for a marker in the finished text.
 With `loss_on: assistant` every answer of a conversation is rendered that way, as the last one of what it has seen.
 Where the tokens up to an answer's end begin those of a later one, as with most templates, both are learned in one row;
 a template that shows earlier answers otherwise than they were given (without their thinking) gets a row for each.
+
+A pair of answers is the row of the better one, with the tokens of the other one beside it: behind the same prompt.
 """
 
 from __future__ import annotations
@@ -21,7 +23,17 @@ from dataclasses import dataclass, field, replace
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data.formats import Chat, Completion, Example, Message, Text, needs_template, read_examples
+from qlora.data.formats import (
+    Chat,
+    Completion,
+    Example,
+    Judged,
+    Message,
+    Pair,
+    Text,
+    needs_template,
+    read_examples,
+)
 from qlora.data.sources import malformed
 from qlora.data.templates import adds_bos, resolve_chat_template
 from qlora.errors import Problem, UserError
@@ -44,6 +56,8 @@ class RenderedRow:
     prompt_length: tokens before the last answer; `input_ids[:prompt_length]` is what a server would generate from.
     truncated: whether the row was longer than `max_length`; then its right end is missing, end of turn included.
     answer_text: the whole expected answer without its end of turn, even when truncated; None for plain text.
+    rejected_ids: of a pair the tokens of the worse answer, that could stand behind the prompt too.
+    good: whether the answer is a good one, where rows say so.
     """
 
     input_ids: list[int]
@@ -51,6 +65,14 @@ class RenderedRow:
     prompt_length: int
     truncated: bool
     answer_text: str | None
+    rejected_ids: list[int] | None = None
+    good: bool | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Of all that is computed for it once: a pair has its prompt twice."""
+        rejected = 0 if self.rejected_ids is None else self.prompt_length + len(self.rejected_ids)
+        return len(self.input_ids) + rejected
 
     @property
     def supervised_tokens(self) -> int:
@@ -141,14 +163,29 @@ class Renderer:
             zip(self._encode([part.prompt for part in good]), self._encode([p.text for p in good]), strict=True)
         )
         found: list[list[RenderedRow] | UserError] = []
-        for turns in parts:
+        for example, turns in zip(examples, parts, strict=True):
             rows = [self._label(part, *next(encoded)) for part in turns if isinstance(part, _Parts)]
             error = next((part for part in turns if isinstance(part, UserError)), None)
-            found.append(error or [self._cut(row) for row in _together(rows)])
+            found.append(error or self._finished(example, rows))
         return found
 
-    def _turns(self, example: Example) -> list[Example]:
+    def _finished(self, example: Example, rows: list[RenderedRow]) -> list[RenderedRow]:
+        """The rows of an example from those of its turns."""
+        if isinstance(example, Pair):
+            better, worse = (self._cut(row) for row in rows)
+            # A cut one is a cut pair. Prompts are the same text, and the same tokens.
+            rejected_ids = worse.input_ids[worse.prompt_length :]
+            return [replace(better, truncated=better.truncated or worse.truncated, rejected_ids=rejected_ids)]
+        if isinstance(example, Judged):
+            return [replace(self._cut(row), good=example.good) for row in rows]
+        return [self._cut(row) for row in _together(rows)]
+
+    def _turns(self, example: Example) -> list[Chat | Completion | Text]:
         """What is rendered of an example, each with an answer at its end: itself, or up to every assistant message."""
+        if isinstance(example, Pair):
+            return [example.chosen, example.rejected]
+        if isinstance(example, Judged):
+            return [example.example]
         if self.loss_on != "assistant" or not isinstance(example, Chat):
             return [example]
         answers = [i for i, message in enumerate(example.messages) if i and message["role"] == "assistant"]
@@ -170,7 +207,7 @@ class Renderer:
             truncated=len(row.input_ids) > self.max_length,
         )
 
-    def _parts(self, example: Example) -> _Parts | UserError:
+    def _parts(self, example: Chat | Completion | Text) -> _Parts | UserError:
         try:
             prompt, completion = self._texts(example)
         except UserError as error:
@@ -181,7 +218,7 @@ class Renderer:
             return UserError("the chat template leaves the answer out", fix=fix)
         return _Parts(prompt, answer, end, has_answer=not isinstance(example, Text))
 
-    def _texts(self, example: Example) -> tuple[str, str]:
+    def _texts(self, example: Chat | Completion | Text) -> tuple[str, str]:
         """The text that a server would send to the model, and the text that follows it."""
         if isinstance(example, Chat):
             return self._chat_texts(example)
@@ -364,6 +401,9 @@ def unsupervised_rows(prepared: PreparedData, tokenizer: PreTrainedTokenizerBase
                 reason = f"no token carries loss: the prompt alone fills max_length ({len(row.input_ids)} tokens)"
                 fix = "raise data.max_length, shorten the prompt, or set data.overlong: drop"
             problems.append(Problem(f"{reason}; it ends …{tail!r}", where, fix))
+        elif row.rejected_ids is not None and row.rejected_ids == row.input_ids[row.prompt_length :]:
+            reason = f"within max_length ({len(row.input_ids)} tokens) both answers are the same"
+            problems.append(Problem(reason, where, "raise data.max_length, or set data.overlong: drop"))
     return problems
 
 
@@ -373,7 +413,7 @@ def _statistics(rows: Sequence[RenderedRow], rows_read: int, dropped: int) -> St
         rows=len(rows),
         truncated=sum(row.truncated for row in rows),
         dropped=dropped,
-        tokens=sum(len(row.input_ids) for row in rows),
+        tokens=sum(row.tokens for row in rows),
         supervised_tokens=sum(row.supervised_tokens for row in rows),
         longest=max((len(row.input_ids) for row in rows), default=0),
     )

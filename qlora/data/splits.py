@@ -12,7 +12,7 @@ import hashlib
 from dataclasses import dataclass
 from typing import Any
 
-from qlora.data.formats import Chat, Completion, Example, read_examples
+from qlora.data.formats import Chat, Completion, Example, read_examples, single
 from qlora.recipe import Data
 
 MOST_HELD_OUT = 500  # rows
@@ -63,8 +63,9 @@ def read_splits(data: Data) -> Splits:
 def _digest(example: Example, *, whole: bool) -> bytes:
     """Of an example, or of what comes before its answer; plain text has no such part."""
     content: Any = example
-    if not whole and isinstance(example, Chat):
-        content = example.messages[:-1], example.tools
-    elif not whole and isinstance(example, Completion):
-        content = example.prompt
+    answered = single(example)
+    if not whole and isinstance(answered, Chat):
+        content = answered.messages[:-1], answered.tools
+    elif not whole and isinstance(answered, Completion):
+        content = answered.prompt
     return hashlib.sha256(repr(content).encode()).digest()

@@ -2,11 +2,14 @@
 
 import pytest
 
-from qlora.data.formats import Chat, Completion, Text, detect_format, read_examples, to_example
+from qlora.data.formats import Chat, Completion, Judged, Pair, Text, detect_format, read_examples, to_example
 from qlora.data.sources import RawRows
 from qlora.errors import UserError
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
+
+WORSE = {"role": "assistant", "content": "b"}
+PAIR = Pair(Chat((QUESTION, ANSWER)), Chat((QUESTION, WORSE)))
 
 FITTING = [
     ({"messages": [QUESTION, ANSWER]}, "messages", Chat((QUESTION, ANSWER))),
@@ -26,6 +29,23 @@ FITTING = [
         "conversations",
         Chat(({"role": "system", "content": "s"}, QUESTION, ANSWER)),
     ),
+    (
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+        "preference",
+        Pair(Completion("q", "a"), Completion("q", "b")),
+    ),
+    ({"prompt": [QUESTION], "chosen": [ANSWER], "rejected": [WORSE]}, "preference", PAIR),
+    ({"chosen": [QUESTION, ANSWER], "rejected": [QUESTION, WORSE]}, "preference", PAIR),
+    ({"question": "q", "system": "", "chosen": "a", "rejected": "b"}, "preference", PAIR),
+    (
+        {"question": "q", "system": "s", "chosen": "a", "rejected": "b"},
+        "preference",
+        Pair(*(Chat(({"role": "system", "content": "s"}, QUESTION, answer)) for answer in (ANSWER, WORSE))),
+    ),
+    ({"prompt": "q", "completion": "a", "label": False}, "kto", Judged(Completion("q", "a"), False)),
+    ({"prompt": [QUESTION], "completion": [ANSWER], "label": True}, "kto", Judged(Chat((QUESTION, ANSWER)), True)),
+    ({"prompt": "q", "completion": "a", "label": "news"}, "prompt_completion", Completion("q", "a")),
+    ({"messages": [QUESTION, ANSWER], "chosen": [], "rejected": []}, "messages", Chat((QUESTION, ANSWER))),
 ]
 
 
@@ -58,6 +78,12 @@ def test_tools_reach_the_example():
         ({"prompt": [QUESTION], "completion": "a"}, "prompt_completion", "a list of one assistant message"),
         ({"instruction": "q", "output": 3}, "instruction", "`output` must hold text, not int '3'"),
         ({"messages": "[]"}, "messages", "must be a list of messages, not str"),
+        ({"prompt": "q", "chosen": 3, "rejected": "b"}, "preference", "`chosen` must hold text, not int"),
+        ({"prompt": "q", "chosen": "a", "rejected": "a"}, "preference", "are the same"),
+        ({"chosen": [QUESTION, ANSWER], "rejected": [ANSWER, WORSE]}, "preference", "differ before their last message"),
+        ({"chosen": "a", "rejected": "b"}, "preference", "`chosen` must be a list of messages, not str"),
+        ({"prompt": [QUESTION], "chosen": "a", "rejected": "b"}, "preference", "`chosen` that is a list of one"),
+        ({"prompt": "q", "completion": "a", "label": 2}, "kto", "`label` must be true or false, not int '2'"),
         ({"messages": []}, "messages", "must be a list of messages, not an empty list"),
         ({"messages": [QUESTION]}, "messages", "the last message is from `user`: there is no answer to learn"),
         ({"messages": [ANSWER]}, "messages", "no message before the answer"),

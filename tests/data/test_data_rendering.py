@@ -6,7 +6,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qlora.data.formats import Chat, Completion, Text, read_examples
+from qlora.data.formats import Chat, Completion, Judged, Pair, Text, read_examples
 from qlora.data.rendering import IGNORED, Renderer, prepare, render, render_sources
 from qlora.data.templates import resolve_chat_template
 from qlora.errors import UserError
@@ -208,6 +208,33 @@ def test_earlier_answers_of_a_row_that_is_cut_stay(chatml_tokenizer):
     assert supervised_text(row, chatml_tokenizer).startswith("1.") and "2." not in supervised_text(
         row, chatml_tokenizer
     )
+
+
+def test_a_pair_is_the_better_row_with_the_other_answer_behind_its_prompt(tokenizer):
+    better, worse = chat("What is it?", "a lamp"), chat("What is it?", "two old lamps")
+    row = render(Pair(better, worse), tokenizer, max_length=200)
+    alone, other = (render(example, tokenizer, max_length=200) for example in (better, worse))
+    assert (row.input_ids, row.labels, row.answer_text) == (alone.input_ids, alone.labels, "a lamp")
+    assert row.input_ids[: row.prompt_length] + row.rejected_ids == other.input_ids
+    assert row.tokens == len(alone.input_ids) + len(other.input_ids)
+    assert not row.truncated and row.good is None and alone.rejected_ids is None
+    cut = render(Pair(better, worse), tokenizer, max_length=len(alone.input_ids))
+    assert (
+        cut.truncated
+        and cut.input_ids == alone.input_ids
+        and len(cut.rejected_ids) == sum(label != IGNORED for label in cut.labels)
+    )
+
+
+def test_pairs_that_are_cut_where_they_differ_are_counted(jsonl_source, chatml_tokenizer, data_settings):
+    source = jsonl_source([{"prompt": "q", "chosen": "same words " * 9 + "a", "rejected": "same words " * 9 + "b"}])
+    with pytest.raises(UserError, match="both answers are the same"):
+        prepare(read_examples(source), chatml_tokenizer, data_settings(max_length=8), split_name="train")
+
+
+def test_a_judged_answer_keeps_its_judgement(tokenizer):
+    row = render(Judged(chat("q", "a"), False), tokenizer, max_length=100)
+    assert row.good is False and row.input_ids == render(chat("q", "a"), tokenizer, max_length=100).input_ids
 
 
 def test_loss_on_all(tokenizer):
