@@ -18,7 +18,9 @@ from rich.console import Console
 
 from qlora.data.formats import read_examples
 from qlora.data.lint import Segment, SplitReport, coloured, lint
+from qlora.data.methods import unfit_rows
 from qlora.data.rendering import PreparedData, RenderedRow, render_examples
+from qlora.data.sources import SHOWN
 from qlora.data.splits import read_splits
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
@@ -37,8 +39,9 @@ from qlora.quantization.preview import (
 )
 from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
-from qlora.training.plan import TrainingPlan, plan_training, rows_per_step
-from qlora.training.sft import sft_config
+from qlora.training.arguments import training_arguments
+from qlora.training.plan import TrainingPlan, plan_batches, plan_training, rows_per_step
+from qlora.training.preference import PASSES, fewest_rows, longest_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -124,14 +127,27 @@ def check(recipe: Recipe) -> CheckReport:
     report.warnings += _notes(recipe)
     if train is None or not train.rows:
         return report
-    lengths = [len(row.input_ids) for row in train.rows]
+    unfit = [
+        problem
+        for split in (train, evaluation)
+        if split is not None
+        for problem in unfit_rows(recipe.train.method, split)[:SHOWN]
+    ]
+    if unfit:
+        report.problems += unfit
+        return report
+    lengths = [row.tokens for row in train.rows]
     attempt(rows_per_step, recipe, lengths, recipe.train.processes)
-    attempt(sft_config, recipe, device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
+    attempt(training_arguments, recipe, device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
     plan = None
     if shapes is not None and adapter is not None:
         free = report.free.host if report.free.device is None else report.free.device
-        asked = (recipe, lengths, recipe.train.processes, shapes, adapter, report.machine, free)
-        plan = attempt(plan_training, *asked, padded=False)
+        asked = (recipe.train.processes, shapes, adapter, report.machine, free)
+        if recipe.train.method == "sft":
+            plan = attempt(plan_training, recipe, lengths, *asked, padded=False)
+        else:
+            longest, fewest = longest_of(train.rows), fewest_rows(recipe.train.method)
+            plan = attempt(plan_batches, recipe, lengths, longest, *asked, fewest=fewest)
     held_out = evaluation.rows if evaluation else ()
     assert tokenizer is not None, "rows were rendered with it"
     calibration = attempt(preview_calibration, recipe, train.rows, tokenizer, held_out)
@@ -272,12 +288,12 @@ def _workload(
     evaluation: PreparedData | None,
 ) -> tuple[Workload, int]:
     """Tokens per stage, and the number of optimizer steps."""
-    lengths = [len(row.input_ids) for row in train]
+    lengths = [row.tokens for row in train]
     per_epoch = plan.schedule.steps_per_epoch
     count = recipe.train.max_steps or max(1, math.ceil(per_epoch * recipe.train.epochs))
     held_out = evaluation.rows[: recipe.evaluate.rows] if evaluation else []
     work = Workload(
-        train_tokens=round(count * sum(lengths) / per_epoch),
+        train_tokens=round(PASSES[recipe.train.method] * count * sum(lengths) / per_epoch),
         train_sequence=sum(length**2 for length in lengths) / sum(lengths),
         largest_pass=plan.memory.largest,
         calibration=Rows.of(row.input_ids for row in calibration.rows),

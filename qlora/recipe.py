@@ -122,8 +122,9 @@ class Lora(Section):
 
 
 class Train(Section):
-    method: Literal["sft"] = "sft"
-    """Supervised fine-tuning through TRL's SFTTrainer."""
+    method: Literal["sft", "dpo", "kto", "orpo"] = "sft"
+    """Supervised fine-tuning, or learning from pairs of answers (dpo, orpo) or from judged ones (kto), through TRL;
+    their own settings, such as beta, are in args."""
     epochs: Annotated[float, Field(gt=0)] = 1.0
     """Passes over the training rows."""
     max_steps: PositiveInt | None = None
@@ -328,6 +329,8 @@ class Gates(Section):
     """Lowest share of the fine-tune's loss improvement that the GPTQ model keeps."""
     exact_match: Annotated[float, Field(gt=0, le=1)] | None = None
     """Lowest share of generated answers that equal the reference (needs evaluate.generate)."""
+    preferred: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Lowest share of comparisons that the better answer wins (needs rows of format preference or kto)."""
     merge_kl: Annotated[float, Field(gt=0)] | None = 0.01
     """Highest KL divergence from the trained to the merged model; more means the merge is not exact. Does not apply
     where the merged model is not measured (merge.write: false) or not meant to be exact (merge.base: original)."""

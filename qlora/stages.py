@@ -76,7 +76,9 @@ class Run:
 
     def _prepare(self, examples: Sequence[Any], split: str) -> Any:
         from qlora.data.cache import with_cache
+        from qlora.data.methods import unfit_rows
         from qlora.data.rendering import prepare
+        from qlora.data.sources import malformed
 
         data, tokenizer = self.recipe.data, self.tokenizer
         prepared = with_cache(
@@ -84,6 +86,8 @@ class Run:
         )
         if prepared.chat_template is not None:
             self.tokenizer.chat_template = prepared.chat_template
+        if problems := unfit_rows(self.recipe.train.method, prepared):
+            raise malformed(problems, len(prepared.rows))
         return prepared
 
     def digests(self) -> dict[str, Any]:
@@ -117,7 +121,7 @@ def check_quantization(run: Run) -> None:
 
 def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
     from qlora.training.callbacks import Reporter
-    from qlora.training.sft import train_adapter
+    from qlora.training.run import train_adapter
 
     rows = run.train_rows
     metrics = train_adapter(
@@ -264,15 +268,17 @@ def _quantizer(section: Quantize) -> Callable[..., QuantizeReport]:
 
 
 def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
+    from qlora.data.methods import good_rows
     from qlora.evaluation.ladder import Settings, climb
 
     assert output is not None
     if run.eval_rows is None:
         raise UserError("there is nothing to measure on", "data.eval", "name a file of held-out rows in data.eval")
     section = run.recipe.evaluate
-    rows = run.eval_rows.rows[: section.rows]
+    rows = good_rows(run.eval_rows.rows)[: section.rows]
     settings = Settings(section.batch_size, section.generate, section.max_new_tokens, run.tokenizer.pad_token_id)
-    scores = climb(_rungs(run), rows, run.tokenizer, settings, output, progress)
+    compared = run.eval_rows.rows[: section.rows]
+    scores = climb(_rungs(run), rows, run.tokenizer, settings, output, progress, compared)
     tokens = sum(row.supervised_tokens for row in rows)
     write_json(
         output / "ladder.json", {"rows": len(rows), "tokens": tokens, "rungs": [asdict(score) for score in scores]}
@@ -281,7 +287,7 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
 
 
 def _rungs(run: Run) -> list[Any]:
-    from qlora.evaluation.ladder import BASE, TRAINED, Rung
+    from qlora.evaluation.ladder import BASE, START, TRAINED, Rung
     from qlora.models.loading import DTYPES, load_base, load_gptq, load_plain, load_trained
 
     model, device, quantized = run.recipe.model, run.device, run.recipe.model.quantization != "none"
@@ -292,10 +298,10 @@ def _rungs(run: Run) -> list[Any]:
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": model.trust_remote_code,
     }
-    merged = partial(load_plain, run.dirs.merged, dtype, device, **options)
+    merged = partial(load_plain, run.dirs.merged, DTYPES[run.recipe.merge.dtype], device, **options)
     rungs = [
         Rung(BASE, "base, 16 bits", lambda: load(quantized=False).eval()),
-        Rung("nf4", f"base, {kind}", lambda: load(quantized=True).eval()),
+        Rung(START, f"base, {kind}", lambda: load(quantized=True).eval()),
         Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(quantized=True), run.dirs.adapter)),
         Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),
         Rung(
@@ -318,6 +324,7 @@ def failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
         ("top1", "top-1 agreement", "gptq", "top1", gates.top1, "at least"),
         ("gain_retained", "gain retained", "gptq", "gain_retained", gates.gain_retained, "at least"),
         ("exact_match", "exact match", "gptq", "exact_match", gates.exact_match, "at least"),
+        ("preferred", "preferred answers", "gptq", "preferred", gates.preferred, "at least"),
     ]
     problems = []
     for key, title, rung, figure, limit, relation in checks:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerBase
 
 from qlora.data.corpora import corpus_texts
+from qlora.data.methods import good_rows
 from qlora.data.rendering import IGNORED, RenderedRow
 from qlora.data.templates import adds_bos
 from qlora.errors import UserError
@@ -127,7 +128,7 @@ class _Draw:
         """The training rows that may be drawn, each once."""
         held_out = {tuple(row.input_ids) for row in self.exclude}
         used = {row.input_ids for row in self.used}
-        distinct = {tuple(row.input_ids): row for row in reversed(self.train)}
+        distinct = {tuple(row.input_ids): row for row in reversed(good_rows(self.train))}
         return [
             row for ids, row in reversed(distinct.items()) if ids not in held_out and ids[: self.max_length] not in used
         ]

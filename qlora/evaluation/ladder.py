@@ -3,7 +3,8 @@
 Rungs: base in 16 bits, base in 4 bits, trained, merged, GPTQ. For each: loss = mean negative log-likelihood per answer
 token (nats), perplexity = exp(loss), KL = mean over answer tokens of KL(trained ‖ rung) over the vocabulary (nats),
 top-1 = share of answer tokens where both pick the same token, gain retained = (base − rung) / (base − trained) of the
-loss, and exact match of greedy generations where asked for.
+loss, exact match of greedy generations where asked for, and which answers are preferred where rows have some to compare
+(`preferences`).
 
 Shapes: B rows, T tokens, N answer tokens of all rows, V vocabulary.
 """
@@ -13,7 +14,8 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +27,12 @@ from qlora.artifacts import require_disk
 from qlora.data.rendering import RenderedRow
 from qlora.errors import UserError
 from qlora.evaluation.generation import exact_match
+from qlora.evaluation.preferences import answer_logps, answers_of, preferred
 
 TRAINED = "trained"
 BASE = "base"
+START = "nf4"
+"""What is trained on, where that is not the base itself."""
 VOCABULARY_CHUNK = 2048  # answer tokens whose fp32 log-probabilities are held at once
 
 
@@ -52,6 +57,8 @@ class Score:
     top1: float
     gain_retained: float | None = None
     exact_match: float | None = None
+    preferred: float | None = None
+    margin: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,14 +108,19 @@ def climb(
     settings: Settings,
     scratch: Path,
     progress: Callable[[int, int, str], None],
+    compared: Sequence[RenderedRow] = (),
 ) -> list[Score]:
-    """Score every rung, the trained one first (it is the reference), and return them in the order given."""
+    """Score every rung, the trained one first (it is the reference), and return them in the order given.
+
+    compared: rows with answers of which one is better; rewards are against the rung that training began from.
+    """
     rows = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     tokens = sum(label != -100 for row in rows for label in row.labels[1:])
     if not tokens:
         raise UserError("no answer token in data.eval", "data.eval", "`qlora check` shows how its rows are rendered")
     reference = Reference(scratch / "reference.f16", tokens)
     raw: dict[str, tuple[float, float, float, float | None]] = {}
+    answers, logps = answers_of(compared), {}
     try:
         order = sorted(rungs, key=lambda rung: rung.name != TRAINED)
         for index, rung in enumerate(order):
@@ -119,12 +131,20 @@ def climb(
             if settings.generate:
                 matches = exact_match(model, rows, tokenizer, settings.batch_size, settings.max_new_tokens)
             raw[rung.name] = (loss, kl, top1, matches)
+            if answers:
+                padded = partial(batches, size=settings.batch_size, pad_token_id=settings.pad_token_id)
+                device = next(model.parameters()).device
+                logps[rung.name] = answer_logps(model, answers, partial(padded, device=device))
             del model
             release_memory()
         progress(len(order), len(order), "")
     finally:
         reference.discard()
-    return [_score(rung, raw) for rung in rungs]
+    scores = [_score(rung, raw) for rung in rungs]
+    before = next((name for name in (START, BASE) if name in logps), None)
+    if before is None:
+        return scores
+    return [_with_preferences(each, answers, logps, before) for each in scores]
 
 
 def _score(rung: Rung, raw: dict[str, tuple[float, float, float, float | None]]) -> Score:
@@ -132,6 +152,15 @@ def _score(rung: Rung, raw: dict[str, tuple[float, float, float, float | None]])
     gain = raw[BASE][0] - raw[TRAINED][0] if BASE in raw else 0.0
     retained = (raw[BASE][0] - loss) / gain if gain > 0 else None
     return Score(rung.name, rung.label, loss, math.exp(min(loss, 700.0)), kl, top1, retained, matches)
+
+
+def _with_preferences(
+    found: Score, answers: Sequence[RenderedRow], logps: dict[str, torch.Tensor], before: str
+) -> Score:
+    if found.name in (before, BASE):
+        return found
+    share, margin = preferred(answers, logps[found.name], logps[before])
+    return found if math.isnan(share) else replace(found, preferred=share, margin=margin)
 
 
 @torch.inference_mode()

@@ -20,11 +20,13 @@ def ladder_table(rungs: Sequence[dict[str, Any]], rows: int, tokens: int) -> Tab
         ("top-1", "top1", "{:.2%}"),
         ("gain kept", "gain_retained", "{:.1%}"),
         ("exact", "exact_match", "{:.0%}"),
+        ("preferred", "preferred", "{:.1%}"),
+        ("margin", "margin", "{:.2f}"),
     ]
-    columns = [column for column in columns if any(rung[column[1]] is not None for rung in rungs)]
+    columns = [column for column in columns if any(rung.get(column[1]) is not None for rung in rungs)]
     for title, _, _ in columns:
         table.add_column(title, justify="right")
     for rung in rungs:
-        cells = ["—" if rung[key] is None else form.format(rung[key]) for _, key, form in columns]
+        cells = ["—" if rung.get(key) is None else form.format(rung[key]) for _, key, form in columns]
         table.add_row(rung["label"], *cells, style="bold" if rung["name"] in {"trained", "gptq"} else "")
     return table

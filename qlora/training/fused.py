@@ -243,7 +243,9 @@ class _Layer:
         """Whether the fused path computes what PEFT would for this input, as things stand."""
         dtype = self.dtype
         same_bias = self._base.bias is None or self._base.bias.dtype == dtype
-        return x.dtype == dtype and same_bias and not (self.module.disable_adapters or self.module.merged)
+        if self.module.disable_adapters or self.module.merged or list(self.module.active_adapters) != [self._adapter]:
+            return False
+        return x.dtype == dtype and same_bias
 
 
 class _AdapterCopies:

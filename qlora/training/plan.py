@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora.errors import UserError
 from qlora.models.resources import Machine, Pass
@@ -143,6 +143,67 @@ def plan_training(
         peak,
         trained.parts(largest),
         trained.launch_bound(largest),
+    )
+
+
+def plan_batches(
+    recipe: Recipe,
+    row_tokens: Sequence[int],
+    longest: int,
+    processes: int,
+    shapes: ModelShapes,
+    adapter: AdapterShapes,
+    machine: Machine,
+    free: int,
+    *,
+    fewest: int = 1,
+    before: Division | None = None,
+) -> TrainingPlan:
+    """The fastest division where TRL makes the batches: of equally many rows, padded to the longest of the batch.
+
+    row_tokens: of all that a row brings, of a pair both answers with their prompt; longest: what a row may be padded
+    to; fewest: rows of a forward, where a step has as many. Layers are computed again all or none. The rest is as
+    `plan_training` has it.
+    """
+    train = recipe.train
+    rows = rows_per_step(recipe, row_tokens, processes)
+    if rows % processes:
+        raise UserError(
+            f"{rows} rows per step are not equally many for {processes} processes",
+            "train.batch_size",
+            f"make it a multiple of {processes}",
+        )
+    budget = round(SHARE_OF_FREE * free) if train.memory == "auto" else round(train.memory * 2**30)
+    mean = sum(row_tokens) / len(row_tokens)
+    trained = Trained(recipe, shapes, adapter, machine, sum(length**2 for length in row_tokens) / sum(row_tokens))
+    found: list[tuple[bool, float, Plan]] = []
+    own = rows // processes
+    for forwards in (count for count in range(1, own + 1) if own % count == 0 and own // count >= min(fewest, own)):
+        for count in (0, shapes.layers):
+            if train.gradient_checkpointing not in (None, bool(count)):
+                continue
+            smallest = Pass(own // forwards * longest, count)
+            one = trained.with_dense(smallest, budget) if trained.peak(smallest) <= budget else smallest
+            division = Plan(forwards, one, trained.peak(one))
+            if before is not None and before != Division(forwards, one.recomputed, one.offloaded, one.dense):
+                continue
+            seconds = forwards * trained.seconds(replace(one, tokens=round(own / forwards * mean)))
+            fits = division.peak <= budget
+            found.append((not fits, seconds if fits else division.peak, division))
+    if not found:  # memory is another than it was
+        assert before is not None, "there is a division"
+        largest = Pass(own // before.forwards * longest, before.recomputed, before.offloaded, before.dense)
+        found.append((False, 0.0, Plan(before.forwards, largest, trained.peak(largest))))
+    chosen = min(found, key=lambda each: each[:2])[2]
+    return TrainingPlan(
+        Schedule(row_tokens, rows, chosen.forwards, processes, recipe.seed, True),
+        chosen,
+        shapes.layers,
+        budget,
+        4.0 * (shapes.active + shapes.head),
+        None if machine.peak is None else machine.peak * processes,
+        trained.parts(chosen.largest),
+        False,
     )
 
 

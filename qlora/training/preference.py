@@ -1,0 +1,195 @@
+"""Learning from preferences: DPO, KTO and ORPO by TRL's trainers, on the 4-bit base with a LoRA adapter.
+
+TRL would template, tokenize and cut for itself; it is given the tokens that everything else here sees. What it measures
+an answer against (DPO, KTO) is the base with the adapter off, or, where training goes on from an adapter, a copy of
+that: no second model.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from transformers import PrinterCallback
+
+from qlora.artifacts import read_json
+from qlora.data.rendering import RenderedRow
+from qlora.measure import free_for_training
+from qlora.models.base import Base
+from qlora.models.loading import DTYPES, attach_adapter, load_base
+from qlora.models.resources import machine_of
+from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
+from qlora.models.starting_adapter import start_from
+from qlora.recipe import Recipe
+from qlora.training.arguments import PLAN, trainable, training_arguments
+from qlora.training.fused import fuse
+from qlora.training.plan import Division, TrainingPlan, plan_batches
+
+log = logging.getLogger(__name__)
+
+REFERENCE = "ref"
+"""TRL's name for the copy of an adapter that training goes on from."""
+# Work of a step, in that of a forward and a backward: one more forward of what answers are measured against, and for
+# KTO two of answers to other prompts.
+PASSES = {"sft": 1.0, "dpo": 1.5, "kto": 2.5, "orpo": 1.0}
+
+
+def build_trainer(
+    recipe: Recipe,
+    base: Base,
+    tokenizer: Any,
+    rows: Sequence[RenderedRow],
+    eval_rows: Sequence[RenderedRow],
+    *,
+    device: str,
+    checkpoints: Path,
+) -> Any:
+    """TRL's trainer of `train.method`, with the plan of its batches as `plan`."""
+    train = recipe.train
+    model = attach_adapter(load_base(base.directory, recipe.model, device, quantized=True), recipe.lora)
+    config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
+    plan = _plan(recipe, rows, model, config, device, checkpoints)
+    largest = plan.memory.largest
+    config.per_device_train_batch_size = plan.schedule.rows_per_step // config.world_size // plan.memory.forwards
+    config.gradient_accumulation_steps = plan.memory.forwards
+    config.gradient_checkpointing = largest.recomputed > 0
+    config.gradient_checkpointing_kwargs = {"use_reentrant": False}
+    config.dataloader_drop_last = False
+    log.info("training: %s", plan.text)
+    if recipe.lora.start_from is not None:
+        start_from(model, recipe.lora)
+    started = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    shuffled = list(rows)
+    if train.method == "kto":  # TRL goes through them in order, and pairs each with its neighbour
+        random.Random(recipe.seed).shuffle(shuffled)
+    trainer = _trainer_class(train.method)(
+        model=model,
+        args=config,
+        train_dataset=_dataset(train.method, shuffled),
+        eval_dataset=_dataset(train.method, eval_rows) if eval_rows and train.evaluate_every else None,
+        processing_class=tokenizer,
+    )
+    trainer.plan = plan
+    trainer.remove_callback(PrinterCallback)
+    if recipe.lora.start_from is None and REFERENCE in model.peft_config:
+        model.delete_adapter(REFERENCE)  # of an adapter that changes nothing yet
+    # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
+    for parameter in trainable(trainer):
+        parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
+    _as_started(model, started)
+    if device.startswith("cuda") and train.kernels == "auto":
+        fused = fuse(model)
+        if largest.dense:
+            fused.keep_dense(largest.dense / plan.layers)
+        for reason, layers in fused.plain.items():
+            log.info("%d adapter layers train on the plain path: %s", layers, reason)
+    return trainer
+
+
+def fewest_rows(method: str) -> int:
+    """Of a batch: KTO estimates from a row's neighbours what it measures answers against."""
+    return 2 if method == "kto" else 1
+
+
+def longest_of(rows: Sequence[RenderedRow]) -> int:
+    """Positions that one row may take in a batch; a pair takes two of the longest answer."""
+    return max(
+        2 * max(len(row.input_ids), row.prompt_length + len(row.rejected_ids))
+        if row.rejected_ids is not None
+        else 2 * len(row.input_ids)  # KTO runs another answer behind the same prompt too
+        for row in rows
+    )
+
+
+def _plan(
+    recipe: Recipe, rows: Sequence[RenderedRow], model: Any, config: Any, device: str, checkpoints: Path
+) -> TrainingPlan:
+    kept = checkpoints / PLAN
+    free = free_for_training(device)
+    if config.world_size > 1:
+        free = min(gather_object([free]))
+    return plan_batches(
+        recipe,
+        [row.tokens for row in rows],
+        longest_of(rows),
+        config.world_size,
+        model_shapes(skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)),
+        AdapterShapes(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)),
+        machine_of(device),
+        free,
+        fewest=fewest_rows(recipe.train.method),
+        before=Division(**read_json(kept)) if kept.is_file() else None,
+    )
+
+
+def _as_started(model: Any, started: dict[str, torch.Tensor]) -> None:
+    """The adapter, and its copy if there is one, as they were before TRL rounded them."""
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, value in started.items():
+            parameters[name].copy_(value)
+            copy = parameters.get(name.replace(".default.", f".{REFERENCE}."))
+            if copy is not None:
+                copy.data = value.to(parameters[name].dtype, copy=True)
+
+
+def _dataset(method: str, rows: Sequence[RenderedRow]) -> Dataset:
+    """The columns that TRL's trainer of the method reads once it has tokenized."""
+    columns: dict[str, list[Any]] = {"prompt_ids": [row.input_ids[: row.prompt_length] for row in rows]}
+    answers = [row.input_ids[row.prompt_length :] for row in rows]
+    if method == "kto":
+        return Dataset.from_dict(columns | {"completion_ids": answers, "label": [row.good for row in rows]})
+    columns |= {"chosen_ids": answers, "rejected_ids": [row.rejected_ids for row in rows]}
+    if method == "orpo":  # looks at texts before it tokenizes
+        columns |= {name: [""] * len(rows) for name in ("prompt", "chosen", "rejected")}
+    return Dataset.from_dict(columns)
+
+
+@cache
+def _trainer_class(method: str) -> Any:
+    """TRL's trainer of a method, for rows that are tokens already."""
+    if method == "orpo":
+        from trl.experimental.orpo import ORPOTrainer
+
+        class OfRenderedRows(ORPOTrainer):  # type: ignore[misc]
+            def tokenize_row(self, feature: dict[str, Any], model: Any = None) -> dict[str, Any]:
+                prompt_ids, found = feature["prompt_ids"], {}
+                for name in ("chosen", "rejected"):
+                    answer = feature[f"{name}_ids"]
+                    found[f"{name}_input_ids"] = prompt_ids + answer
+                    found[f"{name}_attention_mask"] = [1] * len(prompt_ids + answer)
+                    found[f"{name}_labels"] = [-100] * len(prompt_ids) + answer
+                return found | {"prompt_input_ids": prompt_ids, "prompt_attention_mask": [1] * len(prompt_ids)}
+
+        return OfRenderedRows
+    from trl import DPOTrainer, KTOTrainer
+
+    if method == "dpo":
+
+        class Pairs(DPOTrainer):  # type: ignore[misc]
+            def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
+                return dataset
+
+        return Pairs
+
+    class Judged(KTOTrainer):  # type: ignore[misc]
+        def _prepare_dataset(
+            self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str = "", **_: Any
+        ) -> Dataset:
+            if not self.calculate_KL:
+                return dataset
+
+            # Each prompt with the answer of the row before it in the batch (Ethayarajh et al. 2024, §4.1).
+            def rotated(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
+                return {"KL_completion_ids": batch["completion_ids"][-1:] + batch["completion_ids"][:-1]}
+
+            return dataset.map(rotated, batched=True, batch_size=args.per_device_train_batch_size)
+
+    return Judged
