@@ -23,6 +23,8 @@ def ladder_table(rungs: Sequence[dict[str, Any]], rows: int, tokens: int) -> Tab
         ("preferred", "preferred", "{:.1%}"),
         ("margin", "margin", "{:.2f}"),
     ]
+    if any(rung.get("preferred") is not None for rung in rungs):  # training is for something else then
+        columns = [column for column in columns if column[1] not in ("perplexity", "gain_retained")]
     columns = [column for column in columns if any(rung.get(column[1]) is not None for rung in rungs)]
     for title, _, _ in columns:
         table.add_column(title, justify="right")
