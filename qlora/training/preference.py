@@ -85,7 +85,7 @@ def build_trainer(
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
     _as_started(model, started)
     if device.startswith("cuda") and train.kernels == "auto":
-        fused = fuse(model)
+        fused = fuse(model, float8=recipe.model.compute_dtype == "float8")
         if largest.dense:
             fused.keep_dense(largest.dense / plan.layers)
         for reason, layers in fused.plain.items():
