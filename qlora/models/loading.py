@@ -161,7 +161,9 @@ def load_trained(base: PreTrainedModel, adapter: Path) -> Any:
     """The trained adapter on its base, for measuring (a `PeftModel` in eval mode)."""
     from peft import PeftModel
 
-    return PeftModel.from_pretrained(base, adapter).eval()
+    from qlora.models.adapter_sums import round_once
+
+    return round_once(PeftModel.from_pretrained(base, adapter).eval())
 
 
 def load_plain(

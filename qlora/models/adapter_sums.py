@@ -1,0 +1,61 @@
+"""The trained model as it is defined: what an adapter adds to a product is added before the sum is rounded.
+
+PEFT rounds x·Wᵀ to 16 bits and then adds s·(x·Aᵀ)·Bᵀ to that number. What is less than half of the number's last bit
+changes nothing then, wherever it is added, so of a small update most is lost. Here the product is summed up in fp32 on
+top of the adapter's part and rounded once: the small part moves some of the sums over to their next number, and keeps
+its size on average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+
+from qlora.kernels.four_bit import FourBitWeight, dequantize
+
+
+def round_once(model: PeftModel) -> PeftModel:
+    """Have LoRA layers add their adapter before they round, outside of training; DoRA and others stay PEFT's."""
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer) and _is_plain(layer):
+            layer.forward = _forward(layer)
+    return model
+
+
+def _is_plain(layer: LoraLayer) -> bool:
+    if len(layer.active_adapters) != 1 or layer.active_adapters[0] not in layer.lora_A:
+        return False
+    (name,) = layer.active_adapters
+    return (
+        name not in layer.lora_variant
+        and not layer.lora_bias.get(name)
+        and type(layer.get_base_layer()) in (nn.Linear, Linear4bit)
+    )
+
+
+def _forward(layer: Any) -> Callable[..., torch.Tensor]:
+    base: Any = layer.get_base_layer()
+    plain: Callable[..., torch.Tensor] = layer.forward
+    (name,) = layer.active_adapters
+
+    def forward(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        quantized = isinstance(base, Linear4bit)
+        dtype = base.compute_dtype if quantized else base.weight.dtype
+        if args or kwargs or layer.training or layer.disable_adapters or layer.merged or x.dtype != dtype:
+            return plain(x, *args, **kwargs)
+        down_RK, up_NR = layer.lora_A[name].weight, layer.lora_B[name].weight
+        weight_NK = dequantize(FourBitWeight.of(base.weight), dtype) if quantized else base.weight
+        x_TK = x.reshape(-1, x.shape[-1])
+        update_TN = (x_TK.to(down_RK.dtype) @ down_RK.T) @ (layer.scaling[name] * up_NR).T
+        sum_TN = torch.addmm(update_TN.to(dtype), x_TK, weight_NK.T)
+        if base.bias is not None:
+            sum_TN += base.bias.to(dtype)
+        return sum_TN.view(*x.shape[:-1], -1)
+
+    return forward
