@@ -10,6 +10,7 @@ import importlib.util
 import math
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -24,8 +25,10 @@ from qlora.data.sources import SHOWN
 from qlora.data.splits import read_splits
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
+from qlora.models.base import as_converted
 from qlora.models.estimates import estimate_stages
 from qlora.models.loading import load_tokenizer, pick_device
+from qlora.models.patches import parse_gguf_once
 from qlora.models.preview import Preview, preview_base
 from qlora.models.resources import Machine, Rows, StageEstimate, Workload, machine_of
 from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, model_shapes, read_config, skeleton
@@ -86,8 +89,8 @@ class CheckReport:
     free: Free
     base: BaseFacts | None = None
     splits: list[SplitReport] = field(default_factory=list)
-    example: list[Segment] = field(default_factory=list)
-    """The first training row, in runs of learned and not learned text."""
+    examples: list[tuple[int, list[Segment]]] = field(default_factory=list)
+    """The first training row, the one in the middle and the last: number, and runs of learned and not learned text."""
     calibration: list[CalibrationPart] = field(default_factory=list)
     steps: int | None = None
     rows_per_step: int | None = None
@@ -120,8 +123,10 @@ def check(recipe: Recipe) -> CheckReport:
     device = attempt(pick_device, recipe.device) or "cpu"
     report = CheckReport(recipe.name, machine_of(device), _free(recipe, device), problems=problems)
     base = attempt(preview_base, recipe.model.base, recipe.model.revision)
-    shapes, adapter = _look_at_model(recipe, base, report, attempt) if base else (None, None)
-    tokenizer = attempt(_tokenizer, base, recipe) if base else None
+    base = as_converted(base) if base else None
+    with parse_gguf_once() if base and base.gguf_file else nullcontext():
+        shapes, adapter = _look_at_model(recipe, base, report, attempt) if base else (None, None)
+        tokenizer = attempt(_tokenizer, base, recipe) if base else None
     train, evaluation = _look_at_data(recipe, tokenizer, report, attempt)
     problems += _missing_packages(recipe)
     report.warnings += _notes(recipe)
@@ -275,8 +280,8 @@ def _look_at_data(
     report.splits = found.splits
     report.problems += found.problems
     report.warnings += found.warnings
-    if train.rows:
-        report.example = coloured(train.rows[0], tokenizer)
+    shown = sorted({0, len(train.rows) // 2, len(train.rows) - 1}) if train.rows else []
+    report.examples = [(number + 1, coloured(train.rows[number], tokenizer)) for number in shown]
     return train, evaluation
 
 

@@ -100,8 +100,10 @@ def test_a_good_recipe_is_described_without_reading_its_weights(make, tmp_path: 
     assert (report.steps, report.rows_per_step) == (6, 4)
     assert [stage.stage for stage in report.stages] == ["train", "merge", "quantize", "evaluate"]
     assert all(stage.host > 0 and stage.disk > 0 and stage.seconds for stage in report.stages)
-    learned = "".join(segment.text for segment in report.example if segment.supervised)
-    assert learned == "It is 0.<|im_end|>"
+    learned = ["".join(segment.text for segment in row if segment.supervised) for _, row in report.examples]
+    assert [number for number, _ in report.examples] == [1, 7, 12]
+    assert learned == [f"It is {number}.<|im_end|>" for number in (0, 6, 11)]
+    assert all(sum(split.histogram) == split.rows for split in report.splits)
     assert not (tmp_path / "runs").exists(), "a check writes nothing"
     json.dumps(report.to_dict())
 

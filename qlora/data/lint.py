@@ -23,9 +23,15 @@ _MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>|<(?:start|end)_of_turn>")  # h
 _LOW_SUPERVISION = 0.01  # share of tokens below which most compute goes into reading prompts
 
 
+HISTOGRAM_PARTS = 24
+
+
 @dataclass(frozen=True)
 class SplitReport:
-    """Counts of one split; lengths are tokens per row at the given percentiles."""
+    """Counts of one split; lengths are tokens per row at the given percentiles.
+
+    histogram: rows by tokens, in parts of equal width from the shortest to the longest row.
+    """
 
     name: str
     rows: int
@@ -40,6 +46,7 @@ class SplitReport:
     missing_end: int
     duplicates: int
     lengths: dict[str, int]
+    histogram: list[int]
 
 
 @dataclass(frozen=True)
@@ -114,13 +121,23 @@ def _split_report(split: PreparedData, tokenizer: PreTrainedTokenizerBase) -> Sp
         double_bos=sum(_has_double_bos(row, tokenizer) for row in rows),
         missing_end=sum(not row.truncated and row.labels[-1] not in end_ids for row in rows),
         duplicates=len(rows) - len({tuple(row.input_ids) for row in rows}),
-        lengths={f"p{share}": _percentile(lengths, share) for share in (50, 90, 95, 99, 100)} if lengths else {},
+        lengths={f"p{share}": _percentile(lengths, share) for share in (0, 50, 90, 95, 99, 100)} if lengths else {},
+        histogram=_histogram(lengths),
     )
 
 
 def _percentile(ordered: Sequence[int], share: int) -> int:
     """The nearest-rank percentile: the smallest value that at least `share` percent of the values do not exceed."""
     return ordered[max(0, math.ceil(len(ordered) * share / 100) - 1)]
+
+
+def _histogram(ordered: Sequence[int]) -> list[int]:
+    if not ordered:
+        return []
+    counts = [0] * min(HISTOGRAM_PARTS, ordered[-1] - ordered[0] + 1)
+    for length in ordered:
+        counts[(length - ordered[0]) * len(counts) // (ordered[-1] - ordered[0] + 1)] += 1
+    return counts
 
 
 def _has_double_bos(row: RenderedRow, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qlora.artifacts import atomic_directory, file_digest, quick_digest
 from qlora.models.patches import parse_gguf_once
-from qlora.models.preview import download, preview_base
+from qlora.models.preview import Preview, download, preview_base
 from qlora.models.side_files import older_spellings
 from qlora.paths import cache_dir
 from qlora.reporting.console import console
@@ -47,10 +47,23 @@ def resolve_base(name: str, revision: str | None = None) -> Base:
 def _from_gguf(path: Path) -> Base:
     """Convert once, into the cache: weights dequantized to bf16, config and tokenizer from the file's metadata."""
     digest = file_digest(path)
-    directory = cache_dir() / "models" / f"{path.stem}-{digest[:12]}"
+    directory = _converted(path, digest)
     if not directory.is_dir():
         _convert_gguf(path, directory)
     return Base(path.name, f"sha256:{digest}", directory)
+
+
+def as_converted(found: Preview) -> Preview:
+    """A GGUF file as the directory that it was converted to, which takes a moment to read; else what was found."""
+    if found.gguf_file is None:
+        return found
+    path = found.directory / found.gguf_file
+    directory = _converted(path, file_digest(path))
+    return replace(found, directory=directory, gguf_file=None) if directory.is_dir() else found
+
+
+def _converted(path: Path, digest: str) -> Path:
+    return cache_dir() / "models" / f"{path.stem}-{digest[:12]}"
 
 
 def _convert_gguf(path: Path, directory: Path) -> None:

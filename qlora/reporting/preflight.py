@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from qlora.evaluation.contract import EngineVerdict
     from qlora.quantization.preview import CalibrationPart
 
-EXAMPLE_CHARACTERS = 600  # of the row that is shown, from each end of what is learned and not learned
+EXAMPLE_CHARACTERS = 400  # of a row that is shown: of every run of what is learned or not, from both of its ends
+BARS = "▁▂▃▄▅▆▇█"
 
 
 def show(report: CheckReport, console: Console) -> None:
@@ -29,9 +30,10 @@ def show(report: CheckReport, console: Console) -> None:
         console.print(_base(report.base))
     for split in report.splits:
         console.print(_split(split))
-    if report.example:
-        console.print("\nFirst training row, [green]what is learned[/green] between ⟦ ⟧:")
-        console.print(_example(report.example))
+    for number, (row, segments) in enumerate(report.examples):
+        learned = ", [green]what is learned[/green] between ⟦ ⟧" if number == 0 else ""
+        console.print(f"\n[bold]Training row {row:,}[/bold]{learned}:")
+        console.print(_example(segments))
     if report.calibration:
         console.print(_calibration(report.calibration))
     if report.stages:
@@ -64,11 +66,19 @@ def _base(base: BaseFacts) -> str:
 
 
 def _split(split: SplitReport) -> str:
-    lengths = ", ".join(f"{name} {tokens}" for name, tokens in split.lengths.items())
+    lengths = ", ".join(f"{name} {split.lengths[name]:,}" for name in split.lengths if name not in ("p0", "p100"))
+    if split.lengths:
+        lengths += f"; {split.lengths['p0']:,} {_bars(split.histogram)} {split.lengths['p100']:,}"
     return escape(
         f"{split.name:6} {split.rows:,} rows, {split.tokens:,} tokens, {split.supervised_share:.1%} learned from; "
-        f"{split.truncated} cut, {split.dropped} dropped; tokens per row: {lengths}"
+        f"{split.truncated} cut, {split.dropped} dropped\n"
+        f"       tokens per row: {lengths}"
     )
+
+
+def _bars(counts: Sequence[int]) -> str:
+    """A bar per count; nothing where there is nothing."""
+    return "".join(BARS[(len(BARS) - 1) * count // max(counts)] if count else " " for count in counts)
 
 
 def _example(segments: Sequence[Segment]) -> Text:

@@ -32,3 +32,15 @@ def test_a_base_of_an_older_tool_that_says_so_in_a_file_of_its_own_is_refused(ba
     (base / file).write_text(json.dumps({"bits": 4, "group_size": 128}))
     with pytest.raises(UserError, match=rf"quantized already \({method}\)"):
         preview_base(str(base))
+
+
+def test_a_gguf_base_that_was_converted_is_read_from_where_it_is(smollm2, tmp_path, monkeypatch) -> None:
+    from qlora.models.base import as_converted
+    from qlora.paths import cache_dir
+
+    found = preview_base(str(cache_dir() / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"))
+    converted = as_converted(found)
+    assert (converted.directory, converted.gguf_file) == (smollm2, None)
+    assert (converted.id, converted.weight_bytes) == (found.id, found.weight_bytes)
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    assert as_converted(found) == found
