@@ -25,6 +25,7 @@ from qlora.data.sources import SHOWN
 from qlora.data.splits import read_splits
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
+from qlora.merging.combination import combined_parameters
 from qlora.models.base import as_converted
 from qlora.models.estimates import estimate_stages
 from qlora.models.loading import load_tokenizer, pick_device
@@ -166,6 +167,9 @@ def check(recipe: Recipe) -> CheckReport:
     report.rows_per_step = plan.schedule.rows_per_step
     report.training = plan.text
     report.stages = attempt(estimate_stages, recipe, shapes, adapter, work, report.machine) or []
+    if recipe.lora.combine:
+        report.steps, report.training = 0, f"no training: the sum of {len(recipe.lora.combine)} adapters"
+        report.stages = [stage for stage in report.stages if stage.stage != "train"]
     report.shortfalls = _shortfalls(report)
     return report
 
@@ -204,7 +208,7 @@ def _look_at_model(
         return None, None
     attempt(_look_at_quantization, recipe, shapes, model.config.model_type, report, attempt)
     architecture = type(model).__name__
-    adapter = attempt(adapter_shapes, model, recipe.lora)
+    adapter = attempt(_adapter, model, recipe)
     report.base = BaseFacts(
         base.id,
         base.revision,
@@ -215,6 +219,11 @@ def _look_at_model(
         adapter.trainable if adapter else None,
     )
     return shapes, adapter
+
+
+def _adapter(model: Any, recipe: Recipe) -> AdapterShapes:
+    combined = recipe.lora.combine
+    return AdapterShapes(combined_parameters(combined)) if combined else adapter_shapes(model, recipe.lora)
 
 
 def _look_at_quantization(

@@ -169,7 +169,7 @@ class Pipeline:
         changed = self._what_changed(stage)
         if changed:
             self.out.print(f"  {stage.name:10} runs again{changed}")
-        processes = self.recipe.train.processes
+        processes = 1 if self.recipe.lora.combine else self.recipe.train.processes
         if stage.name == "train" and processes > 1 and "RANK" not in os.environ:
             self._launch_training(processes)
             return

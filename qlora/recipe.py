@@ -10,13 +10,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qlora.recipe_learning import Data, Lora, Model, Source, Train
+from qlora.recipe_learning import Data, Lora, Model, Source, Train, Weighted
 from qlora.recipe_section import PositiveInt, Section, Share
 from qlora.recipe_shipping import CALIBRATION_NAMES, Calibration, Merge, Mix, ModuleSettings, Quantize, Refine
 
 __all__ = [
     "CALIBRATION_NAMES", "Calibration", "Data", "Evaluate", "Gates", "Lora", "Merge", "Mix", "Model",
-    "ModuleSettings", "Quantize", "Recipe", "Refine", "Section", "Source", "Track", "Train",
+    "ModuleSettings", "Quantize", "Recipe", "Refine", "Section", "Source", "Track", "Train", "Weighted",
 ]  # fmt: skip
 
 

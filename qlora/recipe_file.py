@@ -183,6 +183,11 @@ def _resolve_paths(data: dict[Any, Any], folder: Path) -> None:
             parent = parent.get(key) if isinstance(parent, dict) else None
         if isinstance(parent, dict) and isinstance(parent.get(rest[-1]), str):
             parent[rest[-1]] = _resolved(parent[rest[-1]], folder)
+    lora = data.get("lora")
+    combined = lora.get("combine") if isinstance(lora, dict) else None
+    for part in combined if isinstance(combined, list) else []:
+        if isinstance(part, dict) and isinstance(part.get("path"), str):
+            part["path"] = _resolved(part["path"], folder)
     found = data.get("data")
     sources: dict[str, Any] = found if isinstance(found, dict) else {}
     train = sources.get("train")

@@ -73,6 +73,13 @@ class Data(Section):
     """A named template (chatml, llama-3, …) or a .jinja file. Default: the tokenizer's own."""
 
 
+class Weighted(Section):
+    path: str
+    """Directory of an adapter, such as another run's `adapter`."""
+    weight: float = 1.0
+    """What its update is multiplied by."""
+
+
 class Lora(Section):
     r: PositiveInt = 16
     """Rank. Higher fits more and costs memory: r·(in+out) parameters per layer."""
@@ -96,8 +103,16 @@ class Lora(Section):
     """Modules trained in full and stored with the adapter, such as a new head."""
     start_from: str | None = None
     """Directory of an adapter to go on from, such as another run's `adapter`, with this section's settings."""
+    combine: list[Weighted] = []
+    """Train nothing, and take the weighted sum of these adapters of the base; their ranks and settings count."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the trained parameters (products run in compute_dtype). float32 keeps small updates alive."""
+
+    @model_validator(mode="after")
+    def _one_beginning(self) -> Lora:
+        if self.combine and self.start_from is not None:
+            raise ValueError("combine makes an adapter without training, so there is nothing to start_from")
+        return self
 
 
 class Train(Section):

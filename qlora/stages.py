@@ -94,6 +94,7 @@ class Run:
         """Digests of what the recipe reads besides the base, by key, for fingerprints: content, not paths."""
         from qlora.data.corpora import corpus_digest
         from qlora.data.sources import source_digest
+        from qlora.merging.combination import combined_digests
         from qlora.models.starting_adapter import starting_digest
 
         data, calibration = self.recipe.data, self.recipe.quantize.calibration
@@ -104,6 +105,7 @@ class Run:
             "data.eval_share": self.splits.digest,  # by what it holds out, or data.eval takes out
             "data.chat_template": file_digest(template) if template and template.is_file() else data.chat_template,
             "lora.start_from": starting_digest(self.recipe.lora),
+            "lora.combine": combined_digests(self.recipe.lora.combine),
             "quantize.calibration.from": corpus_digest(calibration.from_),
             "quantize.calibration.mix.from": corpus_digest(calibration.mix.from_) if calibration.mix else None,
         }
@@ -123,6 +125,9 @@ def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
     from qlora.training.callbacks import Reporter
     from qlora.training.run import train_adapter
 
+    if run.recipe.lora.combine:
+        assert output is not None, "there is one process"
+        return combine(run, output)
     rows = run.train_rows
     metrics = train_adapter(
         run.recipe,
@@ -139,6 +144,22 @@ def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
     _release_memory()
     apart = {"held_out": run.splits.held_out, "removed": run.splits.removed}
     return metrics | {"data": asdict(rows.statistics) | apart}
+
+
+def combine(run: Run, output: Path) -> dict[str, Any]:
+    """The adapter as a sum of others, with the base that it belongs to."""
+    from qlora.merging.combination import combine, require_same_base
+    from qlora.models.loading import load_base
+    from qlora.training.run import write_base
+
+    recipe, base = run.recipe, run.base
+    model = load_base(base.directory, recipe.model, run.device, quantized=recipe.model.quantization != "none")
+    require_same_base(recipe.lora.combine, write_base(model, recipe, base, output))
+    parameters = combine(recipe.lora.combine, output, base_id=base.id)
+    run.tokenizer.save_pretrained(output)
+    del model
+    _release_memory()
+    return {"combined": len(recipe.lora.combine), "parameters": parameters, "processes": 1}
 
 
 def merge(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:

@@ -117,6 +117,10 @@ class Adapter:
         """s·b of a trained LoRA bias [N], fp32: PEFT scales B·A·x + b as a whole."""
         return self._take(self.lora[module]["bias"]).float() * self.config.scaling_of(module)
 
+    def low_rank(self, module: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [R, K] and B [N, R] of a module, as they are stored."""
+        return self._take(self.lora[module]["A"]), self._take(self.lora[module]["B"])
+
     def weight_update(self, module: str, shape: tuple[int, ...], device: str) -> LowRankUpdate:
         """The change of a module's weight, which has this shape. Raises UserError if the tensors do not fit."""
         tensors = {

@@ -10,6 +10,8 @@ from qlora.recipe import Quantize, Recipe
 
 def summary(stage: str, metrics: Mapping[str, Any]) -> str:
     """A few words about a stage's metrics."""
+    if stage == "train" and "combined" in metrics:
+        return f"{metrics['combined']} adapters combined, {metrics['parameters'] / 1e6:,.2f} M parameters"
     if stage == "train":
         loss = metrics["final_loss"] if metrics["final_loss"] is not None else metrics["mean_loss"]
         rate = f", {metrics['tokens_per_second']:,.0f} tok/s" if metrics["tokens_per_second"] else ""

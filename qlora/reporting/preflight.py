@@ -37,7 +37,8 @@ def show(report: CheckReport, console: Console) -> None:
     if report.calibration:
         console.print(_calibration(report.calibration))
     if report.stages:
-        console.print(f"\n{report.steps:,} steps of {report.rows_per_step} rows; {escape(report.training or '')}.")
+        steps = f"{report.steps:,} steps of {report.rows_per_step} rows; " if report.steps else ""
+        console.print(f"\n{steps}{escape(report.training or '')}.")
         console.print("Estimates, not measurements: ", end="")
         console.print(escape(report.machine.rate_note))
         console.print(_stages(report))

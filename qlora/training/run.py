@@ -20,7 +20,7 @@ from qlora.data.rendering import RenderedRow
 from qlora.errors import UserError
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES
-from qlora.models.provenance import QuantizationSettings, write_provenance
+from qlora.models.provenance import Provenance, QuantizationSettings, write_provenance
 from qlora.models.starting_adapter import require_base
 from qlora.recipe import Recipe
 from qlora.training import preference, sft
@@ -51,7 +51,10 @@ def train_adapter(
     build: Any = sft.build_trainer if recipe.train.method == "sft" else preference.build_trainer
     trainer = build(recipe, base, tokenizer, rows, eval_rows, device=device, checkpoints=checkpoints)
     if output is not None:
-        _write_provenance(trainer, recipe, base, output)
+        # Before the first step, so that a device that computes 4-bit layers wrongly is refused before it costs time.
+        provenance = write_base(trainer.accelerator.unwrap_model(trainer.model), recipe, base, output)
+        if recipe.lora.start_from is not None:
+            require_base(provenance, recipe.lora)
         write_json(checkpoints / PLAN, asdict(trainer.plan.division))
     report = Report(reporter, device, trainer.plan, resumed_from=last.name if last else None)
     trainer.add_callback(report)
@@ -103,10 +106,10 @@ def _write_adapter(trainer: Any, tokenizer: Any, base: Base, output: Path) -> No
     tokenizer.save_pretrained(output)
 
 
-def _write_provenance(trainer: Any, recipe: Recipe, base: Base, output: Path) -> None:
-    """Before the first step, so that a device that computes 4-bit layers wrongly is refused before it costs time."""
-    provenance = write_provenance(
-        trainer.accelerator.unwrap_model(trainer.model),
+def write_base(model: Any, recipe: Recipe, base: Base, output: Path) -> Provenance:
+    """base.json of a model that is loaded for training, in the adapter's directory."""
+    return write_provenance(
+        model,
         output / "base.json",
         base_id=base.id,
         revision=base.revision,
@@ -116,8 +119,6 @@ def _write_provenance(trainer: Any, recipe: Recipe, base: Base, output: Path) ->
             compute_dtype=DTYPES[recipe.model.dtype],
         ),
     )
-    if recipe.lora.start_from is not None:
-        require_base(provenance, recipe.lora)
 
 
 def _checkpoint_to_resume(checkpoints: Path, fingerprint: str, keep: bool) -> Path | None:
