@@ -15,8 +15,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from rich.console import Console
-
 from qlora.data.formats import read_examples
 from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.methods import unfit_rows
@@ -174,14 +172,6 @@ def check(recipe: Recipe) -> CheckReport:
     return report
 
 
-def print_check(report: CheckReport, console: Console) -> None:
-    """Print the report, then raise what is wrong with it (see `CheckReport.raise_for_problems`)."""
-    from qlora.reporting.preflight import show
-
-    show(report, console)
-    report.raise_for_problems()
-
-
 class _Attempts:
     """Calls a function and turns what it raises for the user into entries of one list."""
 
@@ -209,6 +199,13 @@ def _look_at_model(
     attempt(_look_at_quantization, recipe, shapes, model.config.model_type, report, attempt)
     architecture = type(model).__name__
     adapter = attempt(_adapter, model, recipe)
+    if base.quantized:
+        held = "16 bits" if recipe.model.quantization == "none" else recipe.model.quantization
+        what = (
+            f"{base.id} is a {base.quantized.upper()} checkpoint: its weights are dequantized to bf16 once, into the "
+            f"cache ({2 * shapes.total / 2**30:.1f} GiB), and held in {held} for training"
+        )
+        report.warnings.append(Problem(what, "model.base"))
     report.base = BaseFacts(
         base.id,
         base.revision,

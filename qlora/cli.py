@@ -97,11 +97,13 @@ _stage("evaluate", "Measure every stage on the held-out rows: the ladder, and it
 def check(recipe: str, overrides: tuple[str, ...]) -> None:
     """What can be known before any GPU time: recipe, data and labels, memory, disk, serving engines."""
     from qlora.check import check as run_check
-    from qlora.check import print_check
     from qlora.recipe_file import load_recipe
     from qlora.reporting.console import console
+    from qlora.reporting.preflight import show
 
-    print_check(run_check(load_recipe(recipe, overrides)), console())
+    report = run_check(load_recipe(recipe, overrides))
+    show(report, console())
+    report.raise_for_problems()
 
 
 @qlora.group()

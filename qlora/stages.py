@@ -43,7 +43,8 @@ class Run:
     def base(self) -> Any:
         from qlora.models.base import resolve_base
 
-        return resolve_base(self.recipe.model.base, self.recipe.model.revision)
+        model = self.recipe.model
+        return resolve_base(model.base, model.revision, trust_remote_code=model.trust_remote_code)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -314,14 +315,18 @@ def _rungs(run: Run) -> list[Any]:
     model, device, quantized = run.recipe.model, run.device, run.recipe.model.quantization != "none"
     dtype = DTYPES[model.dtype]
     load = partial(load_base, run.base.directory, model, device)
-    kind = model.quantization.upper()
+    kind, packed = model.quantization.upper(), run.base.dequantized_from or ""
     options: dict[str, Any] = {
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": model.trust_remote_code,
     }
     merged = partial(load_plain, run.dirs.merged, DTYPES[run.recipe.merge.dtype], device, **options)
     rungs = [
-        Rung(BASE, "base, 16 bits", lambda: load(quantized=False).eval()),
+        Rung(
+            BASE,
+            f"base, {packed.upper()}" if packed in ("gptq", "awq") else "base, 16 bits",
+            lambda: load(quantized=False).eval(),
+        ),
         Rung(START, f"base, {kind}", lambda: load(quantized=True).eval()),
         Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(quantized=True), run.dirs.adapter)),
         Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),

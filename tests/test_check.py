@@ -15,7 +15,7 @@ from rich.console import Console
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
-from qlora.check import CheckReport, check, print_check
+from qlora.check import CheckReport, check
 from qlora.errors import UserError, WillNotFit
 from qlora.recipe import Recipe
 
@@ -86,7 +86,8 @@ def make(model_dir: Path, data_dir: Path, tmp_path: Path):
 
 def printed(report: CheckReport) -> str:
     text = io.StringIO()
-    print_check(report, Console(file=text, width=200))
+    show(report, Console(file=text, width=200))
+    report.raise_for_problems()
     return text.getvalue()
 
 
@@ -163,12 +164,12 @@ def test_a_missing_base_does_not_hide_problems_of_the_data(make, tmp_path: Path)
         printed(report)
 
 
-def test_a_quantized_base_is_refused(make, model_dir: Path, tmp_path: Path) -> None:
-    config = json.loads((model_dir / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
+def test_a_base_that_is_quantized_in_a_way_that_is_not_read_is_refused(make, model_dir: Path, tmp_path: Path) -> None:
+    config = json.loads((model_dir / "config.json").read_text()) | {"quantization_config": {"quant_method": "fp8"}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "model.safetensors").write_bytes(b"")
     problems = check(make(model={"base": str(tmp_path)})).problems
-    assert ["quantized already (gptq)" in problem.what for problem in problems] == [True]
+    assert ["quantized already (fp8)" in problem.what for problem in problems] == [True]
 
 
 def test_a_missing_extra_is_named(make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

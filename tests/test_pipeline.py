@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from qlora.artifacts import read_json
+from qlora.check import check
 from qlora.errors import GateFailed, UserError
+from qlora.paths import cache_dir
 from qlora.pipeline import Pipeline
 from qlora.recipe_file import load_recipe
 
@@ -424,15 +426,40 @@ def load_recipe_rows(path: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_a_gptq_base_is_refused_by_name_before_any_work(finished, tiny_recipe, quantization, tmp_path):
+def test_a_gptq_checkpoint_as_base_is_what_its_codes_stand_for(finished, tiny_recipe, quantization, tmp_path, capsys):
+    """The first rung of its ladder is the last of the one that made it; what is trained on it merges exactly."""
     _, whole, _ = finished
-    path = tiny_recipe(model={"base": str(whole / "gptq"), "quantization": quantization})
-    with pytest.raises(UserError) as caught:
-        run(path)
-    (problem,) = caught.value.problems
-    assert "quantized already (gptq)" in problem.what and problem.where == str(whole / "gptq")
-    left = {file.name for file in (tmp_path / "runs" / "tiny").iterdir() if not file.name.startswith(".")}
-    assert left == {"recipe.yaml", "logs"}
+    cached = cache_dir() / "models"
+    path = tiny_recipe(
+        model={"base": str(whole / "gptq"), "quantization": quantization}, evaluate={"gates": {"merge_kl": 0.02}}
+    )
+    run(path)
+    before, after = (
+        {rung["name"]: rung for rung in read_json(each / "evaluation" / "ladder.json")["rungs"]}
+        for each in (whole, tmp_path / "runs" / "tiny")
+    )
+    assert after["base"]["loss"] == pytest.approx(before["gptq"]["loss"], abs=1e-6)
+    assert after["trained"]["loss"] < after["base"]["loss"]
+    assert "base, GPTQ" in capsys.readouterr().out
+    (converted,) = [each for each in cached.glob("gptq-*") if each.is_dir()]
+    config = read_json(converted / "config.json")
+    assert "quantization_config" not in config and config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert not (converted / "quantize_config.json").exists()
+    report = check(load_recipe(path))
+    assert report.problems == [] and any("is a GPTQ checkpoint" in warning.what for warning in report.warnings)
+    shutil.rmtree(converted)
+
+
+def test_a_gptq_base_with_zeros_of_another_version_is_refused(finished, tiny_recipe, tmp_path):
+    _, whole, _ = finished
+    base = shutil.copytree(whole / "gptq", tmp_path / "v2")
+    tensors = load_file(base / "model.safetensors")
+    zeros = next(name for name in tensors if name.endswith("qzeros"))
+    tensors[zeros] += 0x11111111
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match="may hold v2 zeros"):
+        run(tiny_recipe(model={"base": str(base)}))
+    assert not list((cache_dir() / "models").glob("v2-*")), "a conversion that failed leaves nothing"
 
 
 def test_recipe_in_the_run_directory_runs_as_it_is(finished):

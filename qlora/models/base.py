@@ -1,11 +1,13 @@
-"""The base model on disk: a hub id, a local directory or a GGUF file, resolved to one safetensors directory."""
+"""The base model on disk: a hub id, a directory or a GGUF file, resolved to one directory of 16-bit safetensors."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +29,31 @@ class Base:
     id: str
     revision: str | None
     directory: Path
+    dequantized_from: str | None = None
+    """gguf, gptq or awq, where that is what was found."""
 
     @property
     def digest(self) -> str:
         return quick_digest(self.directory)
 
 
-def resolve_base(name: str, revision: str | None = None) -> Base:
-    """Find, download or convert the base. Raises `UserError` as `preview_base` does."""
+def resolve_base(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> Base:
+    """Find, download or convert the base. Raises `UserError` as `preview_base` does, and for packed weights that are
+    not what their checkpoint says."""
     found = preview_base(name, revision)
     if found.gguf_file is not None:
-        return _from_gguf(Path(name))
-    if found.weight_bytes is not None:
-        return Base(found.id, found.revision, found.directory)
-    directory = download(name, revision, HUB_PATTERNS)
-    return Base(name, directory.name, directory)
-
-
-def _from_gguf(path: Path) -> Base:
-    """Convert once, into the cache: weights dequantized to bf16, config and tokenizer from the file's metadata."""
-    digest = file_digest(path)
-    directory = _converted(path, digest)
-    if not directory.is_dir():
-        _convert_gguf(path, directory)
-    return Base(path.name, f"sha256:{digest}", directory)
+        path = Path(name)
+        digest = file_digest(path)
+        return Base(path.name, f"sha256:{digest}", _converted(path.stem, digest, partial(_convert_gguf, path)), "gguf")
+    base = Base(found.id, found.revision, found.directory)
+    if found.weight_bytes is None:
+        directory = download(name, revision, HUB_PATTERNS)
+        base = Base(name, directory.name, directory)
+    if found.quantized is None:
+        return base
+    convert = partial(_convert_packed, base.directory, trust_remote_code=trust_remote_code)
+    directory = _converted(Path(base.id).name, base.digest, convert)
+    return Base(base.id, base.revision, directory, found.quantized)
 
 
 def as_converted(found: Preview) -> Preview:
@@ -58,15 +61,32 @@ def as_converted(found: Preview) -> Preview:
     if found.gguf_file is None:
         return found
     path = found.directory / found.gguf_file
-    directory = _converted(path, file_digest(path))
+    directory = _place(path.stem, file_digest(path))
     return replace(found, directory=directory, gguf_file=None) if directory.is_dir() else found
 
 
-def _converted(path: Path, digest: str) -> Path:
-    return cache_dir() / "models" / f"{path.stem}-{digest[:12]}"
+def _place(name: str, digest: str) -> Path:
+    return cache_dir() / "models" / f"{name}-{digest[:12]}"
 
 
-def _convert_gguf(path: Path, directory: Path) -> None:
+def _converted(name: str, digest: str, convert: Callable[[Path], None]) -> Path:
+    """Convert once, into the cache: weights dequantized to bf16."""
+    directory = _place(name, digest)
+    if not directory.is_dir():
+        console().print(f"  converting {name} to bf16 safetensors, once: {directory}")
+        with atomic_directory(directory) as partial_directory:
+            convert(partial_directory)
+    return directory
+
+
+def _convert_packed(source: Path, output: Path, *, trust_remote_code: bool) -> None:
+    from qlora.models.packed_checkpoint import write_dequantized
+
+    write_dequantized(source, output, trust_remote_code=trust_remote_code)
+
+
+def _convert_gguf(path: Path, output: Path) -> None:
+    """Weights, and config and tokenizer from the file's metadata."""
     import torch
     import transformers
 
@@ -74,16 +94,14 @@ def _convert_gguf(path: Path, directory: Path) -> None:
     packed: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         packed["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    console().print(f"  converting {path.name} to safetensors, once: {directory}")
     with parse_gguf_once(), contextlib.redirect_stderr(io.StringIO()):  # hides the readers' own progress bars
         model = transformers.AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.bfloat16, **packed
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-        with atomic_directory(directory) as partial:
-            model.save_pretrained(partial)
-            tokenizer.save_pretrained(partial)
-            _spell_for_older_engines(partial)
+        model.save_pretrained(output)
+        tokenizer.save_pretrained(output)
+    _spell_for_older_engines(output)
 
 
 def _spell_for_older_engines(directory: Path) -> None:

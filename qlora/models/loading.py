@@ -7,7 +7,6 @@ is not called; it costs gigabytes).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError
-from qlora.models.awq_format import AWQTensors, check_readable
-from qlora.models.awq_format import dequantize as dequantize_awq
-from qlora.models.checkpoint import CheckpointReader
-from qlora.models.gptq_format import (
-    TENSOR_NAMES as PACKED_NAMES,
-)
-from qlora.models.gptq_format import (
-    GPTQTensors,
-    dequantize,
-    quantization_method,
-    read_quantization_config,
-)
+from qlora.models.packed_checkpoint import dequantized_tensors, transposed_linears
 from qlora.models.patches import plain_falcon_linears
 from qlora.recipe import Lora, Model
 
@@ -197,12 +185,11 @@ def load_gptq(
     Evaluation measures what the checkpoint says, not what one kernel makes of it.
     Raises `UserError` if the directory is not a GPTQ v1 or AWQ GEMM checkpoint, or tensors are missing.
     """
-    unpack = _unpack_awq(directory) if quantization_method(directory) == "awq" else _unpack_gptq(directory)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    state = dict(_dequantized_state(directory, unpack, _transposed(model), dtype, device))
+    state = dict(dequantized_tensors(directory, transposed_linears(model), dtype, device))
     return (
         type(model)
         .from_pretrained(
@@ -215,51 +202,3 @@ def load_gptq(
         )
         .eval()
     )
-
-
-# (full name of a linear, its packed tensors by their last name, dtype of the result) → its weight [N, K]
-Unpack = Callable[[str, Mapping[str, torch.Tensor], torch.dtype], torch.Tensor]
-
-
-def _unpack_gptq(directory: Path) -> Unpack:
-    settings = read_quantization_config(directory)
-
-    def unpack(name: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        own = settings.for_module(name)
-        if own is None:
-            raise UserError("packed, although quantization_config says it is not quantized", name, "quantize it again")
-        return dequantize(GPTQTensors(**parts), own.bits, dtype)
-
-    return unpack
-
-
-def _unpack_awq(directory: Path) -> Unpack:
-    check_readable(directory)
-    return lambda name, parts, dtype: dequantize_awq(AWQTensors(**parts), dtype)
-
-
-def _transposed(model: PreTrainedModel) -> set[str]:
-    """Names in a checkpoint of the linears that hold their weight as [K, N]: GPT-2's Conv1D.
-
-    transformers loads GPT-2 with and without the prefix that its decoder has.
-    """
-    names = {name for name, module in model.named_modules() if isinstance(module, Conv1D)}
-    return names | {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
-
-
-def _dequantized_state(
-    directory: Path, unpack: Unpack, transposed: Collection[str], dtype: torch.dtype, device: str
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, tensor on `device`) of a quantized checkpoint, packed linears as one `weight` each."""
-    reader = CheckpointReader(directory)
-    names = set(reader.names())
-    for name in reader.names():
-        prefix, _, kind = name.rpartition(".")
-        if kind == "qweight":
-            packed = [part for part in PACKED_NAMES if f"{prefix}.{part}" in names]
-            parts = {part: reader.read(f"{prefix}.{part}").to(device) for part in packed}
-            weight = unpack(prefix, parts, dtype)
-            yield f"{prefix}.weight", weight.T.contiguous() if prefix in transposed else weight
-        elif kind not in PACKED_NAMES:
-            tensor = reader.read(name).to(device)
-            yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor

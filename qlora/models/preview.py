@@ -17,20 +17,24 @@ OLDER_CONFIGS = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 
 @dataclass(frozen=True)
 class Preview:
-    """A base model that was found. `weight_bytes` is None where only the hub has the weights."""
+    """A base model that was found. `weight_bytes` is None where only the hub has the weights.
+
+    quantized: gptq or awq, where its weights are such, and are dequantized before anything else.
+    """
 
     id: str
     revision: str | None
     directory: Path
     gguf_file: str | None = None
     weight_bytes: int | None = None
+    quantized: str | None = None
 
 
 def preview_base(name: str, revision: str | None = None) -> Preview:
     """Find the base; of a hub id, fetch the small files only.
 
-    Raises `UserError` when it does not exist, has no safetensors, or is quantized already, and when a .gguf base needs
-    the extra `gguf`.
+    Raises `UserError` when it does not exist, has no safetensors, or is quantized in a way that is not read, and when a
+    .gguf base needs the extra `gguf`.
     """
     path = Path(name)
     if path.suffix == ".gguf":
@@ -54,14 +58,13 @@ def _directory(path: Path) -> Preview:
     weights = list(path.glob("*.safetensors"))
     if not weights:
         raise UserError("no *.safetensors in this directory", str(path), "convert the checkpoint, or name a .gguf file")
-    _refuse_quantized(str(path), path)
-    return Preview(path.name, None, path, weight_bytes=sum(file.stat().st_size for file in weights))
+    size = sum(file.stat().st_size for file in weights)
+    return Preview(path.name, None, path, weight_bytes=size, quantized=_quantized(str(path), path))
 
 
 def _hub(name: str, revision: str | None) -> Preview:
     directory = download(name, revision, SMALL_FILES)
-    _refuse_quantized(name, directory)
-    return Preview(name, directory.name, directory)
+    return Preview(name, directory.name, directory, quantized=_quantized(name, directory))
 
 
 def download(name: str, revision: str | None, patterns: list[str]) -> Path:
@@ -80,17 +83,19 @@ def download(name: str, revision: str | None, patterns: list[str]) -> Path:
         ) from None
 
 
-def _refuse_quantized(name: str, directory: Path) -> None:
+def _quantized(name: str, directory: Path) -> str | None:
+    """gptq, awq or None; raises UserError for other methods."""
     config = directory / "config.json"
     if not config.is_file():
         raise UserError("there is no config.json", str(directory), "check model.base")
     method = _quantization_method(directory)
-    if method is not None:
+    if method not in (None, "gptq", "awq"):
         raise UserError(
-            f"this base is quantized already ({method}), and training on such a base is not supported yet",
+            f"this base is quantized already ({method}), in a way that is not read here",
             name,
             "name the 16-bit model it was made from: training quantizes it by itself (model.quantization)",
         )
+    return method
 
 
 def _quantization_method(directory: Path) -> str | None:

@@ -1,4 +1,4 @@
-"""What a base is told apart by before any of its weights are read: bases that are quantized already are refused."""
+"""What a base is told apart by before any of its weights are read; what cannot be read is refused."""
 
 import json
 
@@ -20,18 +20,23 @@ def test_a_16_bit_directory_is_found(base):
     assert (found.directory, found.gguf_file, found.weight_bytes) == (base, None, len(b"not read"))
 
 
-@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
-def test_a_quantized_base_is_refused_by_the_name_of_its_method(base, method):
+@pytest.mark.parametrize("method", ["bitsandbytes", "compressed-tensors", "fp8"])
+def test_a_base_that_cannot_be_read_is_refused_by_the_name_of_its_method(base, method):
     (base / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method, "bits": 4}}))
     with pytest.raises(UserError, match=rf"{base}: this base is quantized already \({method}\)"):
         preview_base(str(base))
 
 
+@pytest.mark.parametrize("method", ["gptq", "awq"])
+def test_a_packed_base_is_known_from_its_config(base, method):
+    (base / "config.json").write_text(json.dumps({"quantization_config": {"quant_method": method, "bits": 4}}))
+    assert preview_base(str(base)).quantized == method
+
+
 @pytest.mark.parametrize(("file", "method"), [("quantize_config.json", "gptq"), ("quant_config.json", "awq")])
-def test_a_base_of_an_older_tool_that_says_so_in_a_file_of_its_own_is_refused(base, file, method):
+def test_a_base_of_an_older_tool_says_so_in_a_file_of_its_own(base, file, method):
     (base / file).write_text(json.dumps({"bits": 4, "group_size": 128}))
-    with pytest.raises(UserError, match=rf"quantized already \({method}\)"):
-        preview_base(str(base))
+    assert preview_base(str(base)).quantized == method
 
 
 def test_a_gguf_base_that_was_converted_is_read_from_where_it_is(smollm2, tmp_path, monkeypatch) -> None:
