@@ -18,6 +18,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 from qlora.check import CheckReport, check
 from qlora.errors import UserError, WillNotFit
 from qlora.recipe import Recipe
+from qlora.reporting.preflight import show
 
 CHATML = """\
 {%- for message in messages %}
