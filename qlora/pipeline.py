@@ -121,6 +121,14 @@ class Pipeline:
                 self._ensure(stage)
             self._finish()
 
+    def finished(self) -> bool:
+        """Whether every stage is up to date, so that `run` has nothing to do."""
+        wanted = [stage for stage in STAGES.values() if stage.name in self.lineage.stages]
+        if {stage.name for stage in wanted} | {"evaluate"} != STAGES.keys():
+            return False
+        measured = "evaluate" in self.lineage.stages or self.state.splits.evaluation is None
+        return measured and all(map(self._is_current, wanted))
+
     def run_stage(self, name: str) -> None:
         """One stage. Raises `UserError` naming the command if a stage before it is missing or out of date."""
         stage = STAGES[name]

@@ -99,23 +99,25 @@ def sweep(
         raise missing_extra("submitit", "sweep", "qlora sweep") from None
     grid = Grid.of(recipe, overrides)
     out = console()
-    groups = grid.groups()
+    codes = _finished(grid.points)
+    groups = [left for group in grid.groups() if (left := [point for point in group if point.name not in codes])]
     adapters = "1 adapter" if len(groups) == 1 else f"{len(groups)} adapters"
-    shared = f", {adapters} to train" if len(groups) < len(grid.points) else ""
-    out.print(f"{len(grid.points)} runs{shared} · {grid.directory}")
+    shared = f", {adapters} to train" if 0 < len(groups) < len(grid.points) else ""
+    up_to_date = f", {len(codes)} up to date" if codes else ""
+    out.print(f"{len(grid.points)} runs{up_to_date}{shared} · {grid.directory}")
     grid.directory.mkdir(parents=True, exist_ok=True)
     executor = submitit.AutoExecutor(folder=grid.directory / "jobs", cluster=cluster)
     executor.update_parameters(name=grid.directory.name, timeout_min=NO_LIMIT_MINUTES)
     tasks = [[_command(recipe, point, grid.directory) for point in group] for group in groups]
     if cluster == "local":
-        codes = _on_this_machine(executor, groups, tasks, jobs)
-    else:
+        codes |= _on_this_machine(executor, groups, tasks, jobs)
+    elif groups:
         # Keys without a prefix are submitit's own, for every cluster.
         given = {key: int(value) if value.isdigit() else value for key, value in parameters.items()}
         executor.update_parameters(**({"slurm_array_parallelism": jobs} if jobs else {}), **given)
         submitted = executor.map_array(run_in_turn, tasks)
         out.print(f"jobs {', '.join(job.job_id for job in submitted)}: their output is in {grid.directory / 'jobs'}")
-        codes = _await(submitted, groups)
+        codes |= _await(submitted, groups)
     rows = [_outcome(point, codes[point.name]) for point in grid.points]
     write_json(grid.directory / "sweep.json", {"runs": rows})
     plot(rows, grid.directory / "sweep.png")
@@ -153,6 +155,25 @@ def write_wandb(recipe: str, overrides: Sequence[str], path: Path) -> None:
     command = ["qlora", "run", recipe, *fixed, f"output_dir={grid.directory}/${{envvar:WANDB_RUN_ID}}"]
     document = {"method": "grid", "command": [*command, "${args_no_hyphens}"], "parameters": values}
     write_text(path, yaml.safe_dump(document, sort_keys=False))
+
+
+def _finished(points: Sequence[Point]) -> dict[str, int]:
+    """Exit codes of the runs that have nothing left to do."""
+    codes = {}
+    for point in points:
+        dirs = RunDir(point.recipe.run_dir)
+        if not dirs.lineage.is_file():
+            continue
+        from qlora.pipeline import Pipeline
+        from qlora.stages import failed_gates, read_ladder
+
+        try:
+            if Pipeline(point.recipe).finished():
+                measured = (dirs.evaluation / "ladder.json").is_file()
+                codes[point.name] = 3 if measured and failed_gates(point.recipe, read_ladder(dirs)) else 0
+        except QloraError:  # the run itself will say so
+            continue
+    return codes
 
 
 def _on_this_machine(

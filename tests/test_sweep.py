@@ -35,7 +35,10 @@ def test_every_combination_is_a_run_and_what_they_share_is_computed_once(tiny_re
     assert (folder / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
     before = {name: (folder / name / "gptq" / "model.safetensors").stat().st_mtime_ns for name in runs}
+    jobs = len(list((folder / "jobs").iterdir()))
     run(path, "quantize.bits=4,3", "lora.r=4", jobs=2)
+    assert "2 runs, 2 up to date" in capsys.readouterr().out and len(list((folder / "jobs").iterdir())) == jobs
+    assert [each["outcome"] for each in read_json(folder / "sweep.json")["runs"]] == ["done", "done"]
     assert {name: (folder / name / "gptq" / "model.safetensors").stat().st_mtime_ns for name in runs} == before
 
 
