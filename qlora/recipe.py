@@ -109,6 +109,14 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _loftq_has_something_to_make_up_for(self) -> Recipe:
+        if self.lora.init == "loftq" and self.model.quantization == "none":
+            raise ValueError("lora.init: loftq makes up for quantization, and model.quantization is none")
+        if self.lora.init == "loftq" and self.train.method in ("dpo", "kto"):
+            raise ValueError(f"{self.train.method} compares with the base, which an adapter of loftq does not begin as")
+        return self
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name

@@ -97,6 +97,7 @@ def lora_config(lora: Lora) -> Any:
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,
         modules_to_save=list(lora.modules_to_save) or None,
+        init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         task_type="CAUSAL_LM",
     )
 

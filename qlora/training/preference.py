@@ -22,11 +22,11 @@ from transformers import PrinterCallback
 from qlora.artifacts import read_json
 from qlora.data.rendering import RenderedRow
 from qlora.measure import free_for_training
+from qlora.models.adapter_beginning import begin
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES, attach_adapter, load_base
 from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
-from qlora.models.starting_adapter import start_from
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.fused import fuse
@@ -63,8 +63,7 @@ def build_trainer(
     config.gradient_checkpointing_kwargs = {"use_reentrant": False}
     config.dataloader_drop_last = False
     log.info("training: %s", plan.text)
-    if recipe.lora.start_from is not None:
-        start_from(model, recipe.lora)
+    begin(model, recipe.lora, base.directory)
     started = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     shuffled = list(rows)
     if train.method == "kto":  # TRL goes through them in order, and pairs each with its neighbour

@@ -20,11 +20,11 @@ from trl import SFTConfig
 from qlora.artifacts import read_json
 from qlora.data.rendering import RenderedRow
 from qlora.measure import free_for_training
+from qlora.models.adapter_beginning import begin
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES, attach_adapter, load_base
 from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
-from qlora.models.starting_adapter import start_from
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.fused import Fused, fuse, fuse_head
@@ -98,8 +98,7 @@ def build_trainer(
     # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
     for parameter in trainable(trainer):
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
-    if recipe.lora.start_from is not None:
-        start_from(model, recipe.lora)
+    begin(model, recipe.lora, base.directory)
     return trainer
 
 
