@@ -12,4 +12,4 @@ ruff format --check --quiet .
 mypy
 # Two workers of one thread each: tiny models gain nothing from more threads.
 export OMP_NUM_THREADS=1
-exec python -m pytest --numprocesses 2 --dist loadfile "$@"
+exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"

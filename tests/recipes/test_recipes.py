@@ -15,7 +15,7 @@ from qlora.paths import packaged_recipes
 from qlora.recipe import Recipe
 from qlora.recipe_file import load_recipe
 
-RECIPES = sorted(packaged_recipes().rglob("*.y*ml"))
+RECIPES = sorted(packaged_recipes().glob("*.y*ml"))
 
 # Dimensions as the models' config.json on the hub states them.
 CONFIGS: dict[str, PretrainedConfig] = {
