@@ -1,5 +1,6 @@
 """A tiny model with a tokenizer and data for whole runs in seconds, and the real SmolLM2 from the cache."""
 
+import gc
 import json
 import os
 from pathlib import Path
@@ -32,6 +33,16 @@ SLOWEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort files, and leave the order within a file."""
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def libraries_are_no_garbage() -> None:
+    """Stages collect garbage, which looks at every object of every library: a quarter of a second each time."""
+    import qlora.quantization  # noqa: F401
+    import qlora.training.run  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
