@@ -18,7 +18,8 @@ from typing import Any, ParamSpec, TypeVar
 from qlora.data.formats import read_examples
 from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.methods import unfit_rows
-from qlora.data.rendering import PreparedData, RenderedRow, render_examples
+from qlora.data.preparation import PreparedData, render_examples
+from qlora.data.rendering import RenderedRow
 from qlora.data.sources import SHOWN
 from qlora.data.splits import read_splits
 from qlora.errors import Problem, QloraError, UserError, WillNotFit

@@ -78,7 +78,7 @@ class Run:
     def _prepare(self, examples: Sequence[Any], split: str) -> Any:
         from qlora.data.cache import with_cache
         from qlora.data.methods import unfit_rows
-        from qlora.data.rendering import prepare
+        from qlora.data.preparation import prepare
         from qlora.data.sources import malformed
 
         data, tokenizer = self.recipe.data, self.tokenizer
@@ -127,8 +127,7 @@ def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
     from qlora.training.run import train_adapter
 
     if run.recipe.lora.combine:
-        assert output is not None, "there is one process"
-        return combine(run, output)
+        return combine(run, output) if output is not None else {}  # a launch's first process does it alone
     rows = run.train_rows
     metrics = train_adapter(
         run.recipe,

@@ -19,7 +19,8 @@ import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
 from qlora.data.formats import Example
-from qlora.data.rendering import PreparedData, RenderedRow, Statistics
+from qlora.data.preparation import PreparedData, Statistics
+from qlora.data.rendering import RenderedRow
 from qlora.paths import cache_dir
 from qlora.recipe import Data
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data.rendering import IGNORED, PreparedData, RenderedRow, unsupervised_rows
+from qlora.data.preparation import PreparedData, unsupervised_rows
+from qlora.data.rendering import IGNORED, RenderedRow
 from qlora.data.sources import SHOWN
 from qlora.errors import Problem
 
@@ -76,7 +77,7 @@ class Segment:
 
 
 def lint(train: PreparedData, evaluation: PreparedData | None, tokenizer: PreTrainedTokenizerBase) -> LintReport:
-    """Checks the rendered splits (from `render_sources`, so that rows without labels are still there to be counted)."""
+    """Checks the splits of `render_examples`, where rows without labels are still there to be counted."""
     splits = [train] if evaluation is None else [train, evaluation]
     reports = [_split_report(split, tokenizer) for split in splits]
     problems: list[Problem] = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from qlora.data.rendering import PreparedData, RenderedRow
+from qlora.data.preparation import PreparedData
+from qlora.data.rendering import RenderedRow
 from qlora.errors import Problem
 
 

@@ -180,7 +180,7 @@ def calibration_rows(arguments: argparse.Namespace) -> list[list[int]]:
         vocabulary = SHAPES[arguments.shape]["vocab_size"]
         return torch.randint(10, vocabulary, (arguments.rows, arguments.length), generator=generator).tolist()
     from qlora.data.formats import read_examples
-    from qlora.data.rendering import prepare
+    from qlora.data.preparation import prepare
     from qlora.models.loading import load_tokenizer
     from qlora.recipe import Data
 

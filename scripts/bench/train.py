@@ -85,7 +85,7 @@ def rows_of(arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
         rows = torch.randint(10, vocabulary, (count, arguments.length), generator=generator).tolist()
         return [{"input_ids": row, "labels": row} for row in rows]
     from qlora.data.formats import read_examples
-    from qlora.data.rendering import prepare
+    from qlora.data.preparation import prepare
     from qlora.models.loading import load_tokenizer
     from qlora.recipe import Data
 

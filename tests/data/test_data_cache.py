@@ -8,7 +8,7 @@ import pytest
 from qlora.data import cache
 from qlora.data.cache import with_cache
 from qlora.data.formats import read_examples
-from qlora.data.rendering import prepare
+from qlora.data.preparation import prepare
 
 ROWS = [{"question": f"q{n}", "answer": "a" * n} for n in range(1, 6)]
 

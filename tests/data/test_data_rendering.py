@@ -7,7 +7,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from qlora.data.formats import Chat, Completion, Judged, Pair, Text, read_examples
-from qlora.data.rendering import IGNORED, Renderer, prepare, render, render_sources
+from qlora.data.preparation import prepare, render_examples
+from qlora.data.rendering import IGNORED, Renderer, render
 from qlora.data.templates import resolve_chat_template
 from qlora.errors import UserError
 
@@ -352,7 +353,7 @@ def test_rows_without_a_supervised_token_are_counted_and_shown(jsonl_source, cha
     message = str(caught.value)
     assert "train.jsonl:1: no token carries loss: the prompt alone fills max_length (20 tokens); it ends …'" in message
     assert "2 more: 7 of 8 rows" in message
-    kept = render_sources([source], chatml_tokenizer, data_settings(max_length=20), split_name="train")
+    kept = render_examples(read_examples(source), chatml_tokenizer, data_settings(max_length=20), split_name="train")
     assert len(kept.rows) == 8
 
 
