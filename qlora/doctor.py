@@ -23,7 +23,7 @@ from qlora.paths import cache_dir
 
 PACKAGES = (
     "qlora", "torch", "transformers", "peft", "bitsandbytes", "trl", "datasets", "accelerate", "safetensors",
-    "tokenizers", "triton", "numpy", "wandb", "gptqmodel", "optimum", "flash-attn", "lm-eval", "gguf",
+    "tokenizers", "triton", "numpy", "wandb", "gptqmodel", "optimum", "liger-kernel", "flash-attn", "lm-eval", "gguf",
     "auto-gptq", "autoawq", "compressed-tensors", "llmcompressor", "sglang", "unsloth", "vllm",
 )  # fmt: skip
 
@@ -79,7 +79,7 @@ BAD_PAIRS = (
     ),
     BadPair("trl", ">=1.16", "datasets", "<4.7", "trl 1.16 needs datasets 4.7", 'pip install "datasets>=4.7"'),
     BadPair(
-        ">=0.8.5", "transformers", "<5.0", "liger-kernel 0.8.5 needs transformers 5",
+        "liger-kernel", ">=0.8.5", "transformers", "<5.0", "liger-kernel 0.8.5 needs transformers 5",
         'pip install "transformers>=5.15"',
     ),
     BadPair("unsloth", "==2026.10.*", "transformers", ">5.17.0", "it needs 5.17 at most", _OWN_ENVIRONMENT),
@@ -248,7 +248,7 @@ def _kernels(versions: dict[str, str]) -> tuple[dict[str, str], list[Problem]]:
                 Problem(f"bitsandbytes cannot quantize on {device}: {failure}", fix="python -m bitsandbytes says why")
             )
     for name, module in (
-        ("triton", "triton"), ("flash-attn", "flash_attn"), ("liger_kernel"), ("gptqmodel", "gptqmodel")
+        ("triton", "triton"), ("flash-attn", "flash_attn"), ("liger-kernel", "liger_kernel"), ("gptqmodel", "gptqmodel")
     ):  # fmt: skip
         found = importlib.util.find_spec(module) is not None
         kernels[name] = versions.get(name, "found") if found else "not installed"
