@@ -169,7 +169,7 @@ def check(recipe: Recipe) -> CheckReport:
     if recipe.lora.combine:
         report.steps, report.training = 0, f"no training: the sum of {len(recipe.lora.combine)} adapters"
         report.stages = [stage for stage in report.stages if stage.stage != "train"]
-    report.shortfalls = _shortfalls(report)
+    report.shortfalls, report.warnings = _shortfalls(report), report.warnings + _slowed(report)
     return report
 
 
@@ -363,13 +363,30 @@ def _free(recipe: Recipe, device: str) -> Free:
     )
 
 
+def _moved(stage: StageEstimate, free: Free) -> int:
+    """Bytes of a stage that will be in host memory, since the GPU is too small."""
+    return 0 if free.device is None else min(stage.movable, max(0, stage.device - free.device))
+
+
+def _slowed(report: CheckReport) -> list[Problem]:
+    return [
+        Problem(
+            f"{gib(moved)} of the models in 16 bits will wait in host memory during {stage.stage}, which takes longer",
+            f"{stage.stage}.memory",
+        )
+        for stage in report.stages
+        if (moved := _moved(stage, report.free))
+    ]
+
+
 def _shortfalls(report: CheckReport) -> list[Problem]:
     problems = []
     free = report.free
     for stage in report.stages:
-        pools = [("host", stage.host, free.host)]
+        moved = _moved(stage, free)
+        pools = [("host", stage.host + moved, free.host)]
         if free.device is not None:
-            pools.append(("GPU", stage.device, free.device))
+            pools.append(("GPU", stage.device - moved, free.device))
         problems += [
             Problem(
                 f"{stage.stage} needs about {gib(need)} of {pool} memory, {gib(have)} are free", fix=ADVICE[stage.stage]

@@ -74,7 +74,7 @@ STAGES = {
             sections=("model", "data", "lora", "train", "seed"),
             without=("model.base", "data.eval", "train.processes", "train.log_every", "train.checkpoint_every"),
         ),
-        Stage("merge", "merged", stages.merge, needs=("train",), sections=("merge",)),
+        Stage("merge", "merged", stages.merge, needs=("train",), sections=("merge",), without=("merge.device",)),
         Stage(
             "quantize",
             "gptq",
@@ -82,7 +82,7 @@ STAGES = {
             # Without merged weights on disk it computes them from the adapter, as the merge section says.
             needs=("train", "merge"),
             sections=("merge", "quantize", "data", "seed"),
-            without=("merge.max_shard_gb",),
+            without=("merge.max_shard_gb", "merge.device", "quantize.device"),
             resumable=True,
         ),
         Stage(
@@ -91,7 +91,7 @@ STAGES = {
             stages.evaluate,
             needs=("train", "merge", "quantize"),
             sections=("evaluate", "data"),
-            without=("data.train", "evaluate.batch_size", "evaluate.gates"),
+            without=("data.train", "evaluate.batch_size", "evaluate.device", "evaluate.memory", "evaluate.gates"),
         ),
     )
 }
@@ -214,7 +214,7 @@ class Pipeline:
             self.lineage.record(stage.name, entry)
             self.out.print(f"  {stage.name:10} …")
             # Another device computes other bytes: one artefact is made on one.
-            resume_key = f"{entry['fingerprint']} {self.state.device}" if stage.resumable else None
+            resume_key = f"{entry['fingerprint']} {self.state.device_of(stage.name)}" if stage.resumable else None
             with atomic_directory(target, resume_key) as partial:
                 metrics = stage.run(self.state, entry["fingerprint"], partial, progress.update)
         metrics |= {"seconds": cost.seconds, "host_peak_gib": cost.host_peak_gib, "gpu_peak_gib": cost.gpu_peak_gib}

@@ -45,6 +45,11 @@ class Evaluate(Section):
     """Also generate answers and count exact matches."""
     max_new_tokens: PositiveInt = 256
     """Longest generated answer."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where this stage computes; null: as `device` says."""
+    memory: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """GiB that evaluation may take of each GPU; auto: what is free, but for a tenth. Models in 16 bits that are larger
+    lie on all GPUs that are visible and in host memory."""
     gates: Gates = Gates()
     """Thresholds; a run that misses one ends with exit code 3 and keeps its artefacts."""
 

@@ -39,6 +39,13 @@ class Run:
 
         return pick_device(self.recipe.device)
 
+    def device_of(self, stage: str) -> str:
+        """Where a stage after training computes."""
+        from qlora.models.loading import pick_device
+
+        own = getattr(self.recipe, stage).device
+        return self.device if own is None else pick_device(own)
+
     @cached_property
     def base(self) -> Any:
         from qlora.models.base import resolve_base
@@ -175,7 +182,7 @@ def merge(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
         base=section.base,
         dtype=DTYPES[section.dtype],
         rounding=section.rounding,
-        device=run.device,
+        device=run.device_of("merge"),
         write_weights=section.write,
         max_shard_bytes=int(section.max_shard_gb * 1e9),
         progress=progress,
@@ -198,7 +205,7 @@ def merged_source(run: Run) -> TensorSource:
         run.dirs.merged,
         base=section.base,
         dtype=DTYPES[section.dtype],
-        device=run.device,
+        device=run.device_of("quantize"),
     )
 
 
@@ -219,7 +226,7 @@ def quantize(run: Run, fingerprint: str, output: Path | None, progress: Progress
     rows = _calibration_rows(run, section.calibration)
     source = merged_source(run)
     options: dict[str, Any] = {
-        "device": run.device,
+        "device": run.device_of("quantize"),
         "progress": progress,
         "attn_implementation": run.recipe.model.attn_implementation,
         "trust_remote_code": run.recipe.model.trust_remote_code,
@@ -299,7 +306,7 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
     rows = good_rows(run.eval_rows.rows)[: section.rows]
     settings = Settings(section.batch_size, section.generate, section.max_new_tokens, run.tokenizer.pad_token_id)
     compared = run.eval_rows.rows[: section.rows]
-    scores = climb(_rungs(run), rows, run.tokenizer, settings, output, progress, compared)
+    scores = climb(_rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared)
     tokens = sum(row.supervised_tokens for row in rows)
     write_json(
         output / "ladder.json", {"rows": len(rows), "tokens": tokens, "rungs": [asdict(score) for score in scores]}
@@ -307,24 +314,43 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
     return {f"{score.name}_{key}": value for score in scores for key, value in asdict(score).items() if key != "label"}
 
 
-def _rungs(run: Run) -> list[Any]:
+def _memory_for_models(run: Run, rows: Sequence[Any]) -> int | None:
+    """Bytes of each GPU that a model may take, where models in 16 bits are larger than what its rows leave of one."""
+    from qlora.measure import free_for_training
+    from qlora.models.estimates import model_budget, scoring_parts
+    from qlora.models.resources import BYTES
+    from qlora.models.shapes import model_shapes, read_config, skeleton
+
+    device, model = run.device_of("evaluate"), run.recipe.model
+    if device == "cpu":
+        return None
+    config = read_config(run.base.directory, trust_remote_code=model.trust_remote_code)
+    shapes = model_shapes(skeleton(config, trust_remote_code=model.trust_remote_code))
+    longest, answer = max(row.tokens for row in rows), max(row.supervised_tokens for row in rows)
+    beside = sum(scoring_parts(run.recipe, shapes, longest, answer).values())
+    most = model_budget(run.recipe, free_for_training(device)) - beside
+    return most if BYTES[model.dtype] * shapes.total > most else None
+
+
+def _rungs(run: Run, rows: Sequence[Any]) -> list[Any]:
     from qlora.evaluation.ladder import BASE, START, TRAINED, Rung
     from qlora.models.loading import DTYPES, load_base, load_gptq, load_plain, load_trained
 
-    model, device, quantized = run.recipe.model, run.device, run.recipe.model.quantization != "none"
-    dtype = DTYPES[model.dtype]
+    model, device, quantized = run.recipe.model, run.device_of("evaluate"), run.recipe.model.quantization != "none"
+    dtype, most = DTYPES[model.dtype], _memory_for_models(run, rows)
     load = partial(load_base, run.base.directory, model, device)
     kind, packed = model.quantization.upper(), run.base.dequantized_from or ""
     options: dict[str, Any] = {
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": model.trust_remote_code,
+        "most": most,
     }
     merged = partial(load_plain, run.dirs.merged, DTYPES[run.recipe.merge.dtype], device, **options)
     rungs = [
         Rung(
             BASE,
             f"base, {packed.upper()}" if packed in ("gptq", "awq") else "base, 16 bits",
-            lambda: load(quantized=False).eval(),
+            lambda: load(quantized=False, most=most).eval(),
         ),
         Rung(START, f"base, {kind}", lambda: load(quantized=True).eval()),
         Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(quantized=True), run.dirs.adapter)),

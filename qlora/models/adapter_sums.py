@@ -1,9 +1,9 @@
 """The trained model as it is defined: what an adapter adds to a product is added before the sum is rounded.
 
 PEFT rounds x·Wᵀ to 16 bits and then adds s·(x·Aᵀ)·Bᵀ to that number. What is less than half of the number's last bit
-changes nothing then, wherever it is added, so of a small update most is lost. Here product and adapter's part are summed
-up in fp32 and rounded once: the small part moves some of the sums over to their next number, and keeps its size on
-average.
+changes nothing then, wherever it is added, so of a small update most is lost. Here product and adapter's part are
+summed up in fp32 and rounded once: the small part moves some of the sums over to their next number, and keeps its size
+on average.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora.errors import UserError
 from qlora.models.packed_checkpoint import dequantized_tensors, transposed_linears
 from qlora.models.patches import plain_falcon_linears
+from qlora.models.placement import place
 from qlora.recipe import Lora, Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -41,11 +42,16 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_base(directory: Path, model: Model, device: str, *, quantized: bool) -> PreTrainedModel:
-    """The frozen base in the recipe's dtype, its linear layers in bitsandbytes 4-bit if `quantized`."""
+def load_base(
+    directory: Path, model: Model, device: str, *, quantized: bool, most: int | None = None
+) -> PreTrainedModel:
+    """The frozen base in the recipe's dtype, its linear layers in bitsandbytes 4-bit if `quantized`.
+
+    most: bytes of each GPU that a base in 16 bits may take, as `place` has it.
+    """
     options: dict[str, Any] = {
         "dtype": DTYPES[model.dtype],
-        "device_map": {"": device},
+        "device_map": {"": device if most is None else "cpu"},
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": model.trust_remote_code,
     }
@@ -56,7 +62,7 @@ def load_base(directory: Path, model: Model, device: str, *, quantized: bool) ->
         loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
     disable_cpu_repacking(loaded)
     loaded.config.use_cache = False
-    return loaded
+    return loaded if most is None else place(loaded, device, most)
 
 
 def bitsandbytes_config(model: Model) -> Any:
@@ -162,15 +168,17 @@ def load_plain(
     *,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    most: int | None = None,
 ) -> PreTrainedModel:
-    """A 16-bit directory (base or merged)."""
-    return AutoModelForCausalLM.from_pretrained(
+    """A 16-bit directory (base or merged), beyond `most` bytes of each GPU elsewhere too, as `place` has it."""
+    model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=dtype,
-        device_map={"": device},
+        device_map={"": device if most is None else "cpu"},
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     ).eval()
+    return model if most is None else place(model, device, most)
 
 
 def load_gptq(
@@ -180,26 +188,30 @@ def load_gptq(
     *,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    most: int | None = None,
 ) -> PreTrainedModel:
     """A GPTQ or AWQ directory as a plain model: every packed weight dequantized to `dtype`, no such kernel involved.
 
-    Evaluation measures what the checkpoint says, not what one kernel makes of it.
+    Evaluation measures what the checkpoint says, not what one kernel makes of it. Beyond `most` bytes of each GPU it
+    lies elsewhere too, as `place` has it.
     Raises `UserError` if the directory is not a GPTQ v1 or AWQ GEMM checkpoint, or tensors are missing.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    state = dict(dequantized_tensors(directory, transposed_linears(model), dtype, device))
-    return (
+    first = device if most is None else "cpu"
+    tensors = dequantized_tensors(directory, transposed_linears(model), dtype, device)
+    loaded = (
         type(model)
         .from_pretrained(
             None,
             config=config,
-            state_dict=state,
+            state_dict={name: tensor.to(first) for name, tensor in tensors},
             dtype=dtype,
-            device_map={"": device},
+            device_map={"": first},
             attn_implementation=attn_implementation,
         )
         .eval()
     )
+    return loaded if most is None else place(loaded, device, most)
