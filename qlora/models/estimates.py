@@ -94,7 +94,7 @@ def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
         "log-probabilities": 3 * 4 * min(answers, SCORING_CHUNK) * shapes.vocab_size,
         "activations": layer_forward_bytes(shapes, itemsize) * batch,
     }
-    models = 3 + (recipe.model.quantization != "none") + recipe.merge.write  # base, trained, GPTQ; NF4; merged
+    models = 3 + recipe.model.requantizes + recipe.merge.write  # base, trained, GPTQ; NF4; merged
     return stage_estimate(
         "evaluate",
         machine,
