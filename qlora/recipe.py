@@ -111,6 +111,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _dora_is_not_of_int8(self) -> Recipe:
+        if self.lora.dora and self.model.quantization == "int8":
+            raise ValueError(
+                "lora.dora: PEFT (0.21) loses the scales of 8-bit layers in DoRA's forward on a CPU; use "
+                "model.quantization: nf4, fp4, checkpoint or none"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _loftq_has_something_to_make_up_for(self) -> Recipe:
         if self.lora.init == "loftq" and self.model.quantization not in ("nf4", "fp4"):
             raise ValueError(

@@ -126,8 +126,7 @@ def load_packed(directory: Path, model: Model, dtype: torch.dtype, device: str) 
     for name, stored in source.items():
         owner = name.rpartition(".")[0]
         if owner not in packed:
-            tensor = reader.read(stored)
-            state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+            state[name] = _as_dequantized(reader.read(stored), dtype).to(device)
     empty.load_state_dict(state, strict=False, assign=True)
     empty.tie_weights()
     missing = [name for name, tensor in empty.named_parameters() if tensor.is_meta]
@@ -168,7 +167,7 @@ def _place(
         left.remove(prefix)
         weight = pack(prefix, read_parts(reader, names, prefix, device))
         bias = _bias(reader, names, prefix, expected=linear.bias is not None)
-        bias = None if bias is None else bias.to(device, dtype)
+        bias = None if bias is None else _as_dequantized(bias, dtype).to(device)
         kind = Conv1D if isinstance(linear, Conv1D) else nn.Linear
         empty.set_submodule(name, PackedLinear(weight, bias, dtype, kind))
         placed.add(name)
@@ -197,6 +196,11 @@ def _experts() -> UserError:
         WHERE,
         "use none, nf4, fp4 or int8: experts are then dequantized to 16 bits",
     )
+
+
+def _as_dequantized(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What is not packed, in `dtype`, as the merge reads it: the dequantized checkpoint is in bf16 throughout."""
+    return tensor.to(torch.bfloat16).to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _weight_of(name: str) -> str:
