@@ -141,7 +141,7 @@ def _packed_as(method: str, weight_KN: torch.Tensor, order, group_K, bits: int) 
         scales_GN = ((high_GN - low_GN) / 15).to(torch.float16)
         zeros_GN = (-low_GN / scales_GN).round().clamp(0, 15)
     else:
-        scales_GN = (groups_GSN.abs().amax(1) / 2 ** (bits - 1)).to(torch.float16)
+        scales_GN = (1.01 * groups_GSN.abs().amax(1) / 2 ** (bits - 1)).to(torch.float16)  # no bf16, as those of others
         zeros_GN = torch.full_like(scales_GN, 2 ** (bits - 1))
     codes_GSN = (groups_GSN / scales_GN.float()[:, None] + zeros_GN.float()[:, None]).round().clamp(0, 2**bits - 1)
     codes_KN = torch.empty_like(weight_KN, dtype=torch.int64)

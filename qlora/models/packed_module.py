@@ -27,14 +27,17 @@ class PackedLinear(nn.Linear):
         # Parameters, so that they move with the model and DDP sends them once and not with every forward.
         self.qweight = _frozen(weight.qweight_WN)
         self.zeros = _frozen(weight.zeros_GN)
-        self.scales = _frozen(weight.scales_GN)
+        # As integers, so that casting the model to another dtype leaves them what they are.
+        self.scales = _frozen(weight.scales_GN.view(torch.int16))
+        self._scale_dtype = weight.scales_GN.dtype
         self.rows = None if weight.rows_K is None else _frozen(weight.rows_K)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
 
     @property
     def packed(self) -> PackedWeight:
         rows = None if self.rows is None else self.rows.data
-        return PackedWeight(self.qweight.data, self.zeros.data, self.scales.data, self.bits, rows)
+        scales = self.scales.data.view(self._scale_dtype)
+        return PackedWeight(self.qweight.data, self.zeros.data, scales, self.bits, rows)
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]

@@ -1,4 +1,4 @@
-"""Training on a checkpoint's own codes: the weights of the dequantized checkpoint to the bit, products and gradients."""
+"""Training on a checkpoint's own codes: weights of the dequantized checkpoint to the bit, products and gradients."""
 
 import json
 import shutil
@@ -51,6 +51,7 @@ def test_every_weight_is_that_of_the_dequantized_checkpoint_to_the_bit(load, kin
     assert all((module.packed.rows_K is not None) == kind[2] for module in packed.values())
     for name, module in packed.items():
         assert torch.equal(module.stored_weight(), stored[f"{name}.weight"]), name
+        assert torch.equal(module.to(torch.float16).stored_weight(), stored[f"{name}.weight"]), name
     plain = load_plain(base.directory, torch.float32)
     ids = torch.arange(20)[None]
     torch.testing.assert_close(model(ids).logits, plain(ids).logits)
@@ -58,13 +59,12 @@ def test_every_weight_is_that_of_the_dequantized_checkpoint_to_the_bit(load, kin
     assert model.lm_head.weight is model.model.embed_tokens.weight, "tied, as in the checkpoint"
 
 
-def gradients(model, ids, **lora):
+def adapter(model, ids, **lora):
+    """The model with an adapter of which all numbers count, and what computes its loss and gradients."""
     adapted = attach_adapter(model, Lora(r=4, alpha=8, **lora)).train()
     generator = torch.Generator().manual_seed(1)
     for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
-        elif "lora_A" in name:
+        if "lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator) * 0.1
     return adapted, lambda: run(adapted, ids)
 
@@ -80,8 +80,8 @@ def run(adapted, ids):
 def test_losses_and_gradients_are_those_of_the_dequantized_model_fused_or_not(load, kind, lora):
     base, model = load(*kind)
     ids = torch.arange(24).reshape(2, 12)
-    packed, of_packed = gradients(model, ids, **lora)
-    _, of_plain = gradients(load_plain(base.directory, torch.float32), ids, **lora)
+    packed, of_packed = adapter(model, ids, **lora)
+    _, of_plain = adapter(load_plain(base.directory, torch.float32), ids, **lora)
     expected = of_plain()
     done = []
     for _ in range(2):
@@ -94,10 +94,21 @@ def test_losses_and_gradients_are_those_of_the_dequantized_model_fused_or_not(lo
     assert (done[0].linears, done[0].blocks) == ((0, 0) if lora else (14, 2))
 
 
+def test_products_in_float8_are_those_of_the_dequantized_model_to_the_bit(load):
+    base, packed = load("gptq", 4, True, compute_dtype="bfloat16")
+    ids = torch.arange(24).reshape(2, 12)
+    models = [adapter(each, ids)[0].to(torch.bfloat16) for each in (packed, load_plain(base.directory))]
+    for model in models:
+        assert fuse(model, float8=True).linears == 14
+    (found, own), (expected, gradients) = (run(model, ids) for model in models)
+    assert torch.equal(found, expected) and own.keys() == gradients.keys()
+    assert all(torch.equal(own[name], gradient) for name, gradient in gradients.items())
+
+
 def test_outside_of_training_an_adapter_is_added_before_rounding(load, tmp_path):
     """As the ladder measures it; in fp32 nothing is rounded, and PEFT's own forward is the same."""
     _, model = load("gptq", 4, False)
-    adapted, _ = gradients(model, torch.arange(4)[None])
+    adapted, _ = adapter(model, torch.arange(4)[None])
     adapted.save_pretrained(tmp_path)
     expected = adapted.eval()(torch.arange(9)[None]).logits
     _, again = load("gptq", 4, False)
