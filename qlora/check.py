@@ -27,11 +27,13 @@ from qlora.evaluation.contract import EngineVerdict, engine_support
 from qlora.merging.combination import combined_parameters
 from qlora.models.base import as_converted
 from qlora.models.estimates import estimate_stages
+from qlora.models.held import mixture_notes, training_shapes
 from qlora.models.loading import load_tokenizer, pick_device
+from qlora.models.packed_base import packed_notes, require_packed
 from qlora.models.patches import parse_gguf_once
 from qlora.models.preview import Preview, preview_base
 from qlora.models.resources import Machine, Rows, StageEstimate, Workload, machine_of
-from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, model_shapes, read_config, skeleton
+from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, read_config, skeleton
 from qlora.quantization.external import check_options
 from qlora.quantization.preview import (
     CalibrationPart,
@@ -68,6 +70,7 @@ class BaseFacts:
     weight_bytes: int | None
     parameters: int
     quantized_parameters: int
+    quantization: str
     adapter_parameters: int | None
 
 
@@ -194,19 +197,13 @@ def _look_at_model(
     trust = recipe.model.trust_remote_code
     config = attempt(read_config, base.directory, trust_remote_code=trust, gguf_file=base.gguf_file)
     model = attempt(skeleton, config, trust_remote_code=trust) if config is not None else None
-    shapes = attempt(model_shapes, model) if model is not None else None
+    shapes = attempt(_shapes, model, recipe, base) if model is not None else None
     if shapes is None or model is None:
         return None, None
     attempt(_look_at_quantization, recipe, shapes, model.config.model_type, report, attempt)
     architecture = type(model).__name__
     adapter = attempt(_adapter, model, recipe)
-    if base.quantized:
-        held = "16 bits" if recipe.model.quantization == "none" else recipe.model.quantization
-        what = (
-            f"{base.id} is a {base.quantized.upper()} checkpoint: its weights are dequantized to bf16 once, into the "
-            f"cache ({2 * shapes.total / 2**30:.1f} GiB), and held in {held} for training"
-        )
-        report.warnings.append(Problem(what, "model.base"))
+    report.warnings += [*packed_notes(base, recipe.model, shapes), *mixture_notes(model, recipe, shapes)]
     report.base = BaseFacts(
         base.id,
         base.revision,
@@ -214,9 +211,15 @@ def _look_at_model(
         base.weight_bytes,
         shapes.total,
         shapes.quantized,
+        recipe.model.quantization,
         adapter.trainable if adapter else None,
     )
     return shapes, adapter
+
+
+def _shapes(model: Any, recipe: Recipe, base: Preview) -> ModelShapes:
+    require_packed(base.id, base.quantized, recipe.model)
+    return training_shapes(model, recipe.model, base.directory)
 
 
 def _adapter(model: Any, recipe: Recipe) -> AdapterShapes:

@@ -120,13 +120,17 @@ class Run:
 
 
 def check_quantization(run: Run) -> None:
-    """Raise UserError for what will not quantize, before anything is trained for it."""
-    from qlora.models.shapes import model_shapes, read_config, skeleton
+    """Raise UserError for what will not be held as the recipe says, or not quantize, before anything is trained."""
+    from qlora.models.held import training_shapes
+    from qlora.models.packed_base import require_packed
+    from qlora.models.shapes import read_config, skeleton
     from qlora.quantization import preview
 
-    trust = run.recipe.model.trust_remote_code
-    config = read_config(run.base.directory, trust_remote_code=trust)
-    preview.check_quantization(run.recipe, model_shapes(skeleton(config, trust_remote_code=trust)))
+    model, base = run.recipe.model, run.base
+    require_packed(base.id, base.dequantized_from, model)
+    config = read_config(base.directory, trust_remote_code=model.trust_remote_code)
+    bare = skeleton(config, trust_remote_code=model.trust_remote_code)
+    preview.check_quantization(run.recipe, training_shapes(bare, model, base.packed or base.directory))
 
 
 def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
@@ -156,11 +160,11 @@ def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
 def combine(run: Run, output: Path) -> dict[str, Any]:
     """The adapter as a sum of others, with the base that it belongs to."""
     from qlora.merging.combination import combine, require_same_base
-    from qlora.models.loading import load_base
+    from qlora.models.loading import load_for_training
     from qlora.training.run import write_base
 
     recipe, base = run.recipe, run.base
-    model = load_base(base.directory, recipe.model, run.device, quantized=recipe.model.quantization != "none")
+    model = load_for_training(base, recipe.model, run.device)
     require_same_base(recipe.lora.combine, write_base(model, recipe, base, output))
     parameters = combine(recipe.lora.combine, output, base_id=base.id)
     run.tokenizer.save_pretrained(output)
@@ -334,12 +338,13 @@ def _memory_for_models(run: Run, rows: Sequence[Any]) -> int | None:
 
 def _rungs(run: Run, rows: Sequence[Any]) -> list[Any]:
     from qlora.evaluation.ladder import BASE, START, TRAINED, Rung
-    from qlora.models.loading import DTYPES, load_base, load_gptq, load_plain, load_trained
+    from qlora.models.loading import DTYPES, load_base, load_for_training, load_gptq, load_plain, load_trained
 
-    model, device, quantized = run.recipe.model, run.device_of("evaluate"), run.recipe.model.quantization != "none"
+    model, device = run.recipe.model, run.device_of("evaluate")
     dtype, most = DTYPES[model.dtype], _memory_for_models(run, rows)
-    load = partial(load_base, run.base.directory, model, device)
-    kind, packed = model.quantization.upper(), run.base.dequantized_from or ""
+    load = partial(load_for_training, run.base, model, device)
+    packed = run.base.dequantized_from or ""
+    kind = (packed if model.quantization == "checkpoint" else model.quantization).upper()
     options: dict[str, Any] = {
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": model.trust_remote_code,
@@ -350,10 +355,10 @@ def _rungs(run: Run, rows: Sequence[Any]) -> list[Any]:
         Rung(
             BASE,
             f"base, {packed.upper()}" if packed in ("gptq", "awq") else "base, 16 bits",
-            lambda: load(quantized=False, most=most).eval(),
+            lambda: load_base(run.base.directory, model, device, quantized=False, most=most).eval(),
         ),
-        Rung(START, f"base, {kind}", lambda: load(quantized=True).eval()),
-        Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(quantized=True), run.dirs.adapter)),
+        Rung(START, f"base, {kind}", lambda: load().eval()),
+        Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(), run.dirs.adapter)),
         Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),
         Rung(
             "gptq",
@@ -361,7 +366,8 @@ def _rungs(run: Run, rows: Sequence[Any]) -> list[Any]:
             partial(load_gptq, run.dirs.gptq, dtype, device, **options),
         ),
     ]
-    left_out = {name for name, there in (("nf4", quantized), ("merged", run.recipe.merge.write)) if not there}
+    # Where training quantizes nothing by itself, it begins with the base.
+    left_out = {name for name, there in ((START, model.requantizes), ("merged", run.recipe.merge.write)) if not there}
     return [rung for rung in rungs if rung.name not in left_out]
 
 
@@ -379,7 +385,7 @@ def failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
     ]
     problems = []
     for key, title, rung, figure, limit, relation in checks:
-        if limit is None or (key == "merge_kl" and (recipe.merge.base == "original" or not recipe.merge.write)):
+        if limit is None or (key == "merge_kl" and not recipe.merges_exactly):
             continue
         value = rungs[rung][figure]
         shown = "not defined" if value is None else f"{value:.4f}"

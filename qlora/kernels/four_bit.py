@@ -59,6 +59,10 @@ class FourBitWeight:
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
 
 def dequantize(weight: FourBitWeight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
     """W [N, K] in `dtype`; into `out`, a contiguous tensor of as many elements, where there is one."""

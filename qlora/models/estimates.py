@@ -107,7 +107,7 @@ def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
     itemsize = BYTES[recipe.model.dtype]
     rows, whole = work.evaluation, itemsize * shapes.total
     parts = {"model in 16 bits": whole, **scoring_parts(recipe, shapes, rows.longest, work.eval_longest_answer)}
-    models = 3 + (recipe.model.quantization != "none") + recipe.merge.write  # base, trained, GPTQ; NF4; merged
+    models = 3 + recipe.model.requantizes + recipe.merge.write  # base, trained, GPTQ; NF4; merged
     # What training held the base in stays on the GPU; of others, what is computed with.
     least = max(base_bytes(recipe, shapes), 2 * itemsize * max(shapes.largest_layer, shapes.largest_tensor))
     return stage_estimate(

@@ -36,6 +36,7 @@ from qlora.recipe import Recipe
 
 FOUR_BIT_BYTES = 0.5 + 4 / 64  # codes, and an fp32 absmax per block
 DOUBLE_QUANT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the absmax in 8 bits, with an fp32 scale per 256 of them
+EIGHT_BIT_ROW_BYTES = 4  # an fp32 scale for each output, beside a byte a weight
 HEAD_TILE = (4096, 32768)  # tokens × vocabulary of TRL's fused output head
 FUSED_HEAD_BYTES = 2**29  # logits of our own at a time
 # Weights/s that are dequantized, once in every forward, backward and recomputation.
@@ -66,8 +67,9 @@ class Trained:
 
     @property
     def fused(self) -> bool:
-        """Whether layers train on the fused path, and keep less."""
-        return self.machine.on_gpu and self.recipe.train.kernels == "auto"
+        """Whether layers train on the fused path, and keep less. It does not take int8."""
+        on_gpu = self.machine.on_gpu and self.recipe.train.kernels == "auto"
+        return on_gpu and self.recipe.model.quantization != "int8"
 
     @property
     def rate(self) -> Rate:
@@ -118,9 +120,14 @@ class Trained:
             "adapter and optimizer": (3 * BYTES[self.recipe.lora.dtype] + copies) * self.adapter.trainable,
             **max(self._moments(one), key=lambda parts: sum(parts.values())),
             "workspaces of cuBLAS": WORKSPACES if self.machine.on_gpu else 0,
-            "dequantized weights": round(dequantized * max(linear.parameters for linear in shapes.linears)),
+            "dequantized weights": round(dequantized * self._largest_dequantized),
             "weights in 16 bits too": itemsize * self.quantized * one.dense // shapes.layers,
         }
+
+    @property
+    def _largest_dequantized(self) -> int:
+        """Weights of the largest linear; experts are in 16 bits."""
+        return max((linear.parameters for linear in self.shapes.linears if linear.experts == 1), default=0)
 
     def _moments(self, one: Pass) -> Iterator[dict[str, int]]:
         """What of a backward is live at its beginning, where it comes to layers computed again, and at its end."""
@@ -245,5 +252,10 @@ def base_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
     rest = BYTES[recipe.model.dtype]
     if recipe.model.quantization == "none":
         return shapes.total * rest
+    if recipe.model.quantization == "int8":
+        return shapes.quantized + EIGHT_BIT_ROW_BYTES * shapes.quantized_rows + rest * shapes.unquantized
+    if recipe.model.quantization == "checkpoint":
+        assert shapes.packed_bytes is not None, "shapes are those of training"
+        return shapes.packed_bytes + rest * shapes.unquantized
     per_parameter = DOUBLE_QUANT_BYTES if recipe.model.double_quant else FOUR_BIT_BYTES
     return round(per_parameter * shapes.quantized) + rest * shapes.unquantized

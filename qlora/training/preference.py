@@ -24,9 +24,10 @@ from qlora.data.rendering import RenderedRow
 from qlora.measure import free_for_training
 from qlora.models.adapter_beginning import begin
 from qlora.models.base import Base
-from qlora.models.loading import DTYPES, attach_adapter, load_base
+from qlora.models.held import training_shapes
+from qlora.models.loading import DTYPES, attach_adapter, load_for_training
 from qlora.models.resources import machine_of
-from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
+from qlora.models.shapes import AdapterShapes, skeleton
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.fused import fuse
@@ -53,9 +54,9 @@ def build_trainer(
 ) -> Any:
     """TRL's trainer of `train.method`, with the plan of its batches as `plan`."""
     train = recipe.train
-    model = attach_adapter(load_base(base.directory, recipe.model, device, quantized=True), recipe.lora)
+    model = attach_adapter(load_for_training(base, recipe.model, device), recipe.lora)
     config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
-    plan = _plan(recipe, rows, model, config, device, checkpoints)
+    plan = _plan(recipe, base, rows, model, config, device, checkpoints)
     largest = plan.memory.largest
     config.per_device_train_batch_size = plan.schedule.rows_per_step // config.world_size // plan.memory.forwards
     config.gradient_accumulation_steps = plan.memory.forwards
@@ -108,9 +109,10 @@ def longest_of(rows: Sequence[RenderedRow]) -> int:
 
 
 def _plan(
-    recipe: Recipe, rows: Sequence[RenderedRow], model: Any, config: Any, device: str, checkpoints: Path
+    recipe: Recipe, base: Base, rows: Sequence[RenderedRow], model: Any, config: Any, device: str, checkpoints: Path
 ) -> TrainingPlan:
     kept = checkpoints / PLAN
+    bare = skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)
     free = free_for_training(device)
     if config.world_size > 1:
         free = min(gather_object([free]))
@@ -119,7 +121,7 @@ def _plan(
         [row.tokens for row in rows],
         longest_of(rows),
         config.world_size,
-        model_shapes(skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)),
+        training_shapes(bare, recipe.model, base.packed or base.directory),
         AdapterShapes(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)),
         machine_of(device),
         free,

@@ -113,11 +113,7 @@ def write_base(model: Any, recipe: Recipe, base: Base, output: Path) -> Provenan
         output / "base.json",
         base_id=base.id,
         revision=base.revision,
-        settings=QuantizationSettings(
-            quant_type=recipe.model.quantization,
-            double_quant=recipe.model.double_quant,
-            compute_dtype=DTYPES[recipe.model.dtype],
-        ),
+        settings=QuantizationSettings.of(recipe.model, DTYPES[recipe.model.dtype]),
     )
 
 

@@ -22,9 +22,10 @@ from qlora.data.rendering import RenderedRow
 from qlora.measure import free_for_training
 from qlora.models.adapter_beginning import begin
 from qlora.models.base import Base
-from qlora.models.loading import DTYPES, attach_adapter, load_base
+from qlora.models.held import training_shapes
+from qlora.models.loading import DTYPES, attach_adapter, load_for_training
 from qlora.models.resources import machine_of
-from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
+from qlora.models.shapes import AdapterShapes, skeleton
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.fused import Fused, fuse, fuse_head
@@ -51,7 +52,7 @@ def build_trainer(
     checkpoints: Path,
 ) -> Trainer:
     """The 4-bit base with a fresh adapter, and the rows, in a trainer."""
-    model = attach_adapter(load_base(base.directory, recipe.model, device, quantized=True), recipe.lora)
+    model = attach_adapter(load_for_training(base, recipe.model, device), recipe.lora)
     fast = recipe.train.kernels == "auto"
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
@@ -60,7 +61,7 @@ def build_trainer(
     row_tokens = [len(row.input_ids) for row in rows]
     kept = checkpoints / PLAN
     before = Division(**read_json(kept)) if kept.is_file() else None
-    plan = _plan(recipe, row_tokens, model, config, device, padded=cannot_pack is not None, before=before)
+    plan = _plan(recipe, base, row_tokens, model, config, device, padded=cannot_pack is not None, before=before)
     largest = plan.memory.largest
     recompute_first(model.get_base_model(), largest.recomputed, offload=largest.offloaded)
     if fused is not None and largest.dense:
@@ -104,6 +105,7 @@ def build_trainer(
 
 def _plan(
     recipe: Recipe,
+    base: Base,
     row_tokens: Sequence[int],
     model: Any,
     config: SFTConfig,
@@ -113,7 +115,8 @@ def _plan(
     before: Division | None,
 ) -> TrainingPlan:
     """The same on every process: in the memory of the one that has least, with what layers were found to keep."""
-    shapes = model_shapes(skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code))
+    bare = skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)
+    shapes = training_shapes(bare, recipe.model, base.packed or base.directory)
     recompute_first(model.get_base_model(), 0)
     measured = kept_bytes_per_token(model, shapes.layers, packed=not padded)
     free = free_for_training(device)
