@@ -51,4 +51,3 @@ def _draw(bare: PreTrainedModel, dtype: torch.dtype, device: str, *, shared: boo
             once[key] = drawn.fill_(1) if norm else drawn.normal_(std=STD, generator=generator)
         state[name] = once[key]
     return state
-
