@@ -72,7 +72,7 @@ STAGES = {
             stages.train,
             needs=(),
             sections=("model", "data", "lora", "train", "seed"),
-            without=("model.base", "data.eval", "train.processes", "train.log_every", "train.checkpoint_every"),
+            without=("model.base", "data.eval", "train.processes", "train.shard", "train.log_every", "train.checkpoint_every"),
         ),
         Stage("merge", "merged", stages.merge, needs=("train",), sections=("merge",)),
         Stage(

@@ -117,6 +117,14 @@ class Recipe(Section):
             raise ValueError(f"{self.train.method} compares with the base, which an adapter of loftq does not begin as")
         return self
 
+    @model_validator(mode="after")
+    def _shards_are_of_4_bits(self) -> Recipe:
+        if self.train.shard and self.model.quantization == "none":
+            raise ValueError("train.shard: processes share a 4-bit base, and model.quantization is none")
+        if self.train.shard and self.lora.dora:
+            raise ValueError("lora.dora begins with the norms of whole weights, which no process has with train.shard")
+        return self
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -16,8 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError
 from qlora.models.packed_checkpoint import dequantized_tensors, transposed_linears
-from qlora.models.patches import plain_falcon_linears
+from qlora.models.patches import each_quantized_weight, plain_falcon_linears
 from qlora.recipe import Lora, Model
+
+if TYPE_CHECKING:
+    from qlora.models.sharding import Sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -41,8 +44,13 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_base(directory: Path, model: Model, device: str, *, quantized: bool) -> PreTrainedModel:
-    """The frozen base in the recipe's dtype, its linear layers in bitsandbytes 4-bit if `quantized`."""
+def load_base(
+    directory: Path, model: Model, device: str, *, quantized: bool, sharding: Sharding | None = None
+) -> PreTrainedModel:
+    """The frozen base in the recipe's dtype, its linear layers in bitsandbytes 4-bit if `quantized`.
+
+    sharding: how processes share these; a device holds no more of them than its part at any time.
+    """
     options: dict[str, Any] = {
         "dtype": DTYPES[model.dtype],
         "device_map": {"": device},
@@ -52,8 +60,14 @@ def load_base(directory: Path, model: Model, device: str, *, quantized: bool) ->
     if quantized and model.quantization != "none":
         options["quantization_config"] = bitsandbytes_config(model)
     config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
-    with plain_falcon_linears() if config.model_type == "falcon" else contextlib.nullcontext():
+    with contextlib.ExitStack() as patches:
+        if config.model_type == "falcon":
+            patches.enter_context(plain_falcon_linears())
+        if sharding is not None:
+            patches.enter_context(each_quantized_weight(sharding.take))
         loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
+    if sharding is not None:
+        sharding.install(loaded)
     disable_cpu_repacking(loaded)
     loaded.config.use_cache = False
     return loaded

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from qlora.errors import UserError
+from qlora.kernels.four_bit import be_there
 from qlora.models.stored_names import renamed_tensors
 
 if TYPE_CHECKING:
@@ -229,6 +230,7 @@ def _check_dequantization(name: str, weight: Any) -> None:
 
 def _module_codes(name: str, module: Linear4bit, settings: QuantizationSettings) -> ModuleCodes:
     weight: Any = module.weight
+    be_there(weight)
     state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(

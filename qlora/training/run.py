@@ -21,6 +21,7 @@ from qlora.errors import UserError
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES
 from qlora.models.provenance import Provenance, QuantizationSettings, write_provenance
+from qlora.models.sharding import sharding_of
 from qlora.models.starting_adapter import require_base
 from qlora.recipe import Recipe
 from qlora.training import preference, sft
@@ -56,6 +57,8 @@ def train_adapter(
         if recipe.lora.start_from is not None:
             require_base(provenance, recipe.lora)
         write_json(checkpoints / PLAN, asdict(trainer.plan.division))
+    elif (sharding := sharding_of(trainer.accelerator.unwrap_model(trainer.model))) is not None:
+        sharding.walk()
     report = Report(reporter, device, trainer.plan, resumed_from=last.name if last else None)
     trainer.add_callback(report)
     trainer.add_callback(MarkComplete())
