@@ -1,8 +1,8 @@
-"""One copy of the 4-bit base for all processes of a launch: each keeps a part of every layer, and whole layers for as
-long as they run.
+"""One copy of the 4-bit base for all processes of a launch: each keeps a part of every layer, and has whole layers for
+as long as they run.
 
 What is frozen has no gradient and no optimizer, so that of FSDP (Zhao et al. 2023, arXiv:2304.11277, §3) the gathering
-is left: before the forward of a decoder layer, and before its backward, all processes give each other their parts of its
+is left: before the forward of a decoder layer, and before its backward, processes give each other their parts of its
 weights. These lie in two buffers that layers take turns in, and while one layer runs, the next one's are on their way.
 Adapters, norms, embeddings and the head are whole on every process: gradients are averaged, and files written, as
 without sharding.
@@ -16,7 +16,6 @@ C: bytes of a part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -59,8 +58,8 @@ class Sharding:
         self.process, self.processes = process, processes
         self._parts: dict[Any, _Part] = {}
         """By 4-bit linear."""
-        self._layers: list[list[tuple[torch.Tensor, torch.Tensor]]] = []
-        """Of each layer: where its weights are gathered, and this process's parts of them."""
+        self._layers: list[list[tuple[Any, torch.Tensor]]] = []
+        """Of each layer: its 4-bit linears, and where their weights are gathered."""
         self._held: list[int | None] = [None, None]
         """Which layer each buffer has, or is about to have."""
         self._works: list[list[Any]] = [[], []]
@@ -89,14 +88,16 @@ class Sharding:
         device = next(iter(self._parts.values())).own_C.device
         buffers = [torch.empty(max(sizes), dtype=torch.uint8, device=device) for _ in range(2)]
         for index, (layer, linears) in enumerate(zip(layers, inside, strict=True)):
-            rooms = buffers[index % 2].split([*map(self._room, linears), max(sizes) - sizes[index]])
-            self._layers.append([(room, self._parts[linear].own_C) for room, linear in zip(rooms, linears, strict=False)])
-            for room, linear in zip(rooms, linears, strict=False):
+            *rooms, _ = buffers[index % 2].split([*map(self._room, linears), max(sizes) - sizes[index]])
+            self._layers.append([])
+            for room, linear in zip(rooms, linears, strict=True):
+                self._layers[-1].append((linear, room))
                 self._look_into(room, linear)
                 setattr(linear.weight, GATHER, partial(self.need, index))
             layer.register_forward_pre_hook(partial(self._before, index))
             layer.register_forward_hook(partial(self._after, index))
-        for linear in self._parts.keys() - {linear for linears in inside for linear in linears}:
+        within = {linear for linears in inside for linear in linears}
+        for linear in (linear for linear in self._parts if linear not in within):
             room = torch.empty(self._room(linear), dtype=torch.uint8, device=device)
             distributed.all_gather_into_tensor(room, self._parts[linear].own_C)
             self._look_into(room, linear)
@@ -140,9 +141,11 @@ class Sharding:
         self._wait(buffer)
         # On a GPU this begins behind all that was launched so far, which is what the layer before in this buffer had to
         # do, and runs beside what is launched from now on.
-        self._works[buffer] = [
-            distributed.all_gather_into_tensor(room, own_C, async_op=True) for room, own_C in self._layers[index]
-        ]
+        for linear, room in self._layers[index]:
+            if linear.weight.data_ptr() != room.data_ptr():  # accelerate moves models on CPUs, which copies
+                self._look_into(room, linear)
+            own_C = self._parts[linear].own_C
+            self._works[buffer].append(distributed.all_gather_into_tensor(room, own_C, async_op=True))
         self._held[buffer] = index
 
     def _wait(self, buffer: int) -> None:

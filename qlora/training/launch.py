@@ -1,4 +1,10 @@
-"""What a launcher decided for training: how many processes share it, and nothing that would train something else."""
+"""What a launcher decides for training: how many processes share it, and nothing that would train something else.
+
+accelerate's plugins are refused. FSDP2 leaves 4-bit weights out unless they are stored as 16-bit numbers, and does not
+load those in parts (fsdp2_prepare_model in accelerate.utils.fsdp_utils, 1.15). DeepSpeed is ignored on CPUs, where
+accelerate trains with DDP and says nothing (AcceleratorState, 1.15); ZeRO-3 does not load quantized models in parts
+(get_init_context in transformers.modeling_utils, 5.23).
+"""
 
 from __future__ import annotations
 
@@ -16,12 +22,12 @@ SHARD = "set train.shard: true in the recipe and launch with recipes/accelerate/
 REFUSED = {
     "ACCELERATE_USE_FSDP": (
         "--use_fsdp",
-        "FSDP leaves 4-bit weights whole on every card, or wants adapters in 16 bits",
+        "a base in 4 bits has to be whole on every card before FSDP divides it, if it does",
         SHARD.format("processes then share one copy of the 4-bit base"),
     ),
     "ACCELERATE_USE_DEEPSPEED": (
         "--use_deepspeed",
-        "ZeRO-3 cannot divide 4-bit weights, and the states that ZeRO-1 and 2 divide are the adapter's, which are small",
+        "ZeRO-1 and 2 divide states of the adapter, which are small; for ZeRO-3 the base is whole on every card first",
         SHARD.format("what is large, the base, is divided"),
     ),
     "ACCELERATE_USE_MEGATRON_LM": ("--use_megatron_lm", "it has no 4-bit layers", SHARD.format("the base is divided")),

@@ -29,6 +29,7 @@ from qlora.training.arguments import PLAN, trainable
 from qlora.training.best import BEST, KeepBest
 from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
 from qlora.training.profile import ProfileStep
+from qlora.training.saved import require_one_adapter, require_whole_adapter
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +71,7 @@ def train_adapter(
         raise UserError(
             "training diverged: the adapter holds NaN or infinite numbers", "train.learning_rate", "lower it"
         )
+    require_one_adapter(trainable(trainer), trainer.args.world_size)
     totals = {"steps": result.global_step, "mean_loss": result.training_loss, "processes": trainer.args.world_size}
     if output is not None:
         if best is not None and recipe.train.keep_best:
@@ -105,6 +107,7 @@ def _write_adapter(trainer: Any, tokenizer: Any, base: Base, output: Path) -> No
         model.delete_adapter(preference.REFERENCE)
     model.peft_config["default"].base_model_name_or_path = base.id
     model.save_pretrained(output, save_embedding_layers=False)
+    require_whole_adapter(model, output)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     tokenizer.save_pretrained(output)
 
