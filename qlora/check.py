@@ -45,6 +45,7 @@ from qlora.quantization.preview import (
 from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
 from qlora.training.arguments import training_arguments
+from qlora.training.launch import require_processes
 from qlora.training.plan import TrainingPlan, plan_batches, plan_training, rows_per_step
 from qlora.training.preference import PASSES, fewest_rows, longest_of
 
@@ -52,7 +53,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ADVICE = {
-    "train": "lower train.micro_batch_tokens or data.max_length, keep train.gradient_checkpointing, or free memory",
+    "train": "lower train.micro_batch_tokens or data.max_length, keep train.gradient_checkpointing, share the base "
+    "among several GPUs with train.shard, or free memory",
     "merge": "free memory, or set device: cpu for this stage",
     "quantize": "lower quantize.calibration.max_length or samples, or free memory",
     "refine": "lower quantize.refine.tokens_per_step, set quantize.refine: null, or free memory",
@@ -146,6 +148,7 @@ def check(recipe: Recipe) -> CheckReport:
         return report
     lengths = [row.tokens for row in train.rows]
     attempt(rows_per_step, recipe, lengths, recipe.train.processes)
+    attempt(require_processes, recipe, recipe.train.processes)
     attempt(training_arguments, recipe, device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
     plan = None
     if shapes is not None and adapter is not None:

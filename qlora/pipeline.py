@@ -32,7 +32,7 @@ from qlora.artifacts import (
 )
 from qlora.errors import GateFailed, Problem, QloraError, UserError
 from qlora.measure import Measured, measured
-from qlora.paths import RunDir
+from qlora.paths import RunDir, packaged_recipes
 from qlora.recipe import Recipe
 from qlora.recipe_file import dump_recipe
 from qlora.reporting.console import StageProgress, console, duration, is_main_process, log_to
@@ -72,7 +72,14 @@ STAGES = {
             stages.train,
             needs=(),
             sections=("model", "data", "lora", "train", "seed"),
-            without=("model.base", "data.eval", "train.processes", "train.log_every", "train.checkpoint_every"),
+            without=(
+                "model.base",
+                "data.eval",
+                "train.processes",
+                "train.shard",
+                "train.log_every",
+                "train.checkpoint_every",
+            ),
         ),
         Stage("merge", "merged", stages.merge, needs=("train",), sections=("merge",), without=("merge.device",)),
         Stage(
@@ -224,15 +231,15 @@ class Pipeline:
         self.out.print(f"  {stage.name:10} {_cost(cost)} · {summary(stage.name, metrics)}")
 
     def _launch_training(self, processes: int) -> None:
-        """Train in several processes, as `accelerate launch --num_processes N -m qlora train` would.
+        """Train in several processes: `accelerate launch` with recipes/accelerate/gpus.yaml.
 
         accelerate starts several processes only as "multi_gpu", on CPUs too: with --cpu it silently starts one.
         """
         if os.environ.get(LOCK_HELD):
             raise QloraError(f"the launcher started one process instead of {processes}", "train.processes")
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", "-m", "qlora", "train", str(self.dirs.recipe)]
+        configuration = packaged_recipes() / "accelerate" / "gpus.yaml"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration)]
+        command += ["--num_processes", str(processes), "-m", "qlora", "train", str(self.dirs.recipe)]
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         environment = os.environ | {"OMP_NUM_THREADS": threads, LOCK_HELD: "1"}
         if self.state.device == "cpu":

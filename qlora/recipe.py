@@ -135,6 +135,15 @@ class Recipe(Section):
             raise ValueError(f"{self.train.method} compares with the base, which an adapter of loftq does not begin as")
         return self
 
+    @model_validator(mode="after")
+    def _shards_are_of_4_bits(self) -> Recipe:
+        if self.train.shard and self.model.quantization not in ("nf4", "fp4"):
+            held = self.model.quantization
+            raise ValueError(f"train.shard: processes share a base in nf4 or fp4, and model.quantization is {held}")
+        if self.train.shard and self.lora.dora:
+            raise ValueError("lora.dora begins with the norms of whole weights, which no process has with train.shard")
+        return self
+
     @property
     def merges_exactly(self) -> bool:
         """Whether the merged model is there to be measured, and differs from the trained one by rounding alone."""

@@ -200,6 +200,8 @@ class Train(Section):
     """Steps between log entries. null: 10 on a GPU, which waits for each, and 1 on a CPU."""
     processes: PositiveInt = 1
     """Processes that `qlora run` starts through accelerate (one per GPU)."""
+    shard: bool = False
+    """Processes share one copy of the 4-bit base: each holds a part of every layer, and gathers a layer to run it."""
     args: dict[str, Any] = {}
     """Any other field of TRL's SFTConfig; what would break a promise of the pipeline is refused with the reason."""
 

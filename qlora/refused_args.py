@@ -51,5 +51,9 @@ REFUSED_TRAIN_ARGS: dict[str, str] = {
     "gradient_accumulation_steps": "it follows from train.batch_size and train.micro_batch_tokens",
     "remove_unused_columns": "the trainer feeds exactly input_ids and labels",
     "use_liger_kernel": "TRL's deprecated switch; kernels are chosen by the training path",
+    "fsdp": "use train.shard, which divides the 4-bit base and leaves adapters whole",
+    "fsdp_config": "use train.shard, which divides the 4-bit base and leaves adapters whole",
+    "deepspeed": "use train.shard, which divides the 4-bit base; DeepSpeed divides the small adapter",
+    "parallelism_config": "rows are divided among all processes; train.shard divides the base",
     "disable_tqdm": "progress is shown by qlora",
 }

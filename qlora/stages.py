@@ -135,8 +135,10 @@ def check_quantization(run: Run) -> None:
 
 def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
     from qlora.training.callbacks import Reporter
+    from qlora.training.launch import require_plain_launch
     from qlora.training.run import train_adapter
 
+    require_plain_launch(run.recipe)
     if run.recipe.lora.combine:
         return combine(run, output) if output is not None else {}  # a launch's first process does it alone
     rows = run.train_rows

@@ -56,7 +56,8 @@ def merged_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
 def _train(
     recipe: Recipe, shapes: ModelShapes, adapter: AdapterShapes, work: Workload, machine: Machine
 ) -> StageEstimate:
-    trained = Trained(recipe, shapes, adapter, machine, work.train_sequence)
+    shards = recipe.train.processes if recipe.train.shard else 1
+    trained = Trained(recipe, shapes, adapter, machine, work.train_sequence, shards=shards)
     passes = work.train_tokens / recipe.train.processes / max(1, work.largest_pass.tokens)
     saved = adapter.trainable * BYTES[recipe.lora.dtype]
     return stage_estimate(

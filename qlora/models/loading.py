@@ -18,12 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError
 from qlora.models.packed_checkpoint import dequantized_tensors, transposed_linears
-from qlora.models.patches import plain_falcon_linears
+from qlora.models.patches import each_quantized_weight, plain_falcon_linears
 from qlora.models.placement import place
 from qlora.recipe import Lora, Model
 
 if TYPE_CHECKING:
     from qlora.models.base import Base
+    from qlora.models.sharding import Sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -47,13 +48,14 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_for_training(base: Base, model: Model, device: str) -> PreTrainedModel:
+def load_for_training(base: Base, model: Model, device: str, sharding: Sharding | None = None) -> PreTrainedModel:
     """The frozen base as training holds it, in the recipe's dtype.
 
-    Raises UserError as `load_base` does, and where the recipe wants a checkpoint's own codes and it has none.
+    sharding: how processes share a base in 4 bits; a device holds no more of it than its part at any time. Raises
+    UserError as `load_base` does, and where the recipe wants a checkpoint's own codes and it has none.
     """
     if model.quantization != "checkpoint":
-        return load_base(base.directory, model, device, quantized=True)
+        return load_base(base.directory, model, device, quantized=True, sharding=sharding)
     from qlora.models.packed_base import load_packed, require_packed
 
     require_packed(base.id, base.dequantized_from, model)
@@ -64,12 +66,18 @@ def load_for_training(base: Base, model: Model, device: str) -> PreTrainedModel:
 
 
 def load_base(
-    directory: Path, model: Model, device: str, *, quantized: bool, most: int | None = None
+    directory: Path,
+    model: Model,
+    device: str,
+    *,
+    quantized: bool,
+    most: int | None = None,
+    sharding: Sharding | None = None,
 ) -> PreTrainedModel:
     """The frozen base in the recipe's dtype, its linear layers quantized by bitsandbytes if `quantized`.
 
-    most: bytes of each GPU that a base in 16 bits may take, as `place` has it. Raises UserError for
-    `model.skip_modules` that name nothing.
+    most: bytes of each GPU that a base in 16 bits may take, as `place` has it. sharding: as `load_for_training` has it.
+    Raises UserError for `model.skip_modules` that name nothing.
     """
     options: dict[str, Any] = {
         "dtype": DTYPES[model.dtype],
@@ -80,8 +88,14 @@ def load_base(
     config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
     if quantized and model.requantizes:
         options["quantization_config"] = bitsandbytes_config(model, _left_in_16_bits(config, model))
-    with plain_falcon_linears() if config.model_type == "falcon" else contextlib.nullcontext():
+    with contextlib.ExitStack() as patches:
+        if config.model_type == "falcon":
+            patches.enter_context(plain_falcon_linears())
+        if sharding is not None:
+            patches.enter_context(each_quantized_weight(sharding.take))
         loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
+    if sharding is not None:
+        sharding.install(loaded)
     disable_cpu_repacking(loaded)
     train_as_measured(loaded)
     loaded.config.use_cache = False

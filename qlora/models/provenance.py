@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from qlora.errors import UserError
+from qlora.kernels.four_bit import be_there
 from qlora.models.stored_names import renamed_tensors
 
 if TYPE_CHECKING:
@@ -270,6 +271,7 @@ def _eight_bit_codes(name: str, module: Any, settings: QuantizationSettings) -> 
 
 def _module_codes(name: str, module: Linear4bit, settings: QuantizationSettings) -> ModuleCodes:
     weight: Any = module.weight
+    be_there(weight)
     state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(

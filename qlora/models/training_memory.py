@@ -10,7 +10,8 @@ output head, where it comes to the layers computed again, or at its end:
                  m·h + m·S + work + (L − 1)·G)
 
 m: tokens of a forward, c of L layers computed again, h: bytes of a hidden state, S: of what a layer keeps per token,
-G: of a layer's gradients, which are all there throughout if forwards came before in the step.
+G: of a layer's gradients, which are all there throughout if forwards came before in the step. Where processes share the
+4-bit weights, static has a part of them and two layers that are whole.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ HEAD_TILE = (4096, 32768)  # tokens × vocabulary of TRL's fused output head
 FUSED_HEAD_BYTES = 2**29  # logits of our own at a time
 # Weights/s that are dequantized, once in every forward, backward and recomputation.
 DEQUANTIZE_RATE = {"cuda": 1e12, "cpu": 1e9}
+# Bytes/s in which a device gets what other processes have of a layer, beside what it computes; assumed: PCIe 4.0 x16.
+GATHER_RATE = {"cuda": 2e10, "cpu": 2e9}
 # Seconds of a forward and backward pass that do not depend on its tokens, per layer: kernels that begin and end.
 PASS_SECONDS = {"cuda": 3e-4, "cpu": 1e-3}
 # Seconds per layer in which Python launches the kernels of a pass, while others run.
@@ -64,6 +67,8 @@ class Trained:
     """Mean tokens that a token's row has."""
     measured: float | None = None
     """Bytes that a layer was found to keep per token; by formula where there is none."""
+    shards: int = 1
+    """Processes that share the 4-bit weights."""
 
     @property
     def fused(self) -> bool:
@@ -97,7 +102,7 @@ class Trained:
 
     def with_dense(self, one: Pass, budget: int) -> Pass:
         """The same with as many layers' weights in 16 bits too as the budget has room for."""
-        if not self.fused or not self.quantized:
+        if not self.fused or not self.quantized or self.shards > 1:
             return one
         layers = self.shapes.layers
         every = replace(one, dense=layers)
@@ -116,7 +121,8 @@ class Trained:
         on_host = itemsize * shapes.embeddings if one.offloaded and self.fused else 0
         copies = itemsize if self.fused else 0
         return {
-            "base": base_bytes(self.recipe, shapes) - on_host,
+            "base": base_bytes(self.recipe, shapes, self.shards) - on_host,
+            "two layers that are gathered": 2 * self._packed_bytes // shapes.layers if self.shards > 1 else 0,
             "adapter and optimizer": (3 * BYTES[self.recipe.lora.dtype] + copies) * self.adapter.trainable,
             **max(self._moments(one), key=lambda parts: sum(parts.values())),
             "workspaces of cuBLAS": WORKSPACES if self.machine.on_gpu else 0,
@@ -165,7 +171,12 @@ class Trained:
         dequantizing = (2 + share) * packed / DEQUANTIZE_RATE[device]
         slower = OFFLOADING_SLOWER if one.offloaded else 1
         busy = slower * self._computing(one) + dequantizing + PASS_SECONDS[device] * self.shapes.layers
-        return max(busy, LAUNCH_SECONDS * self.shapes.layers) if self.fused else busy
+        gathering = 2 * (1 - 1 / self.shards) * self._packed_bytes / GATHER_RATE[device]  # forward and backward
+        return max(busy, gathering, LAUNCH_SECONDS * self.shapes.layers if self.fused else 0.0)
+
+    @property
+    def _packed_bytes(self) -> int:
+        return packed_bytes(self.recipe, self.shapes)
 
     def launch_bound(self, one: Pass) -> bool:
         """Whether a GPU is done with kernels before the next are launched."""
@@ -247,15 +258,19 @@ def plan(trained: Trained, divisions: Iterable[tuple[int, int]], step_tokens: fl
     return fastest[1] if fastest else smallest
 
 
-def base_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """The frozen base as training holds it."""
+def base_bytes(recipe: Recipe, shapes: ModelShapes, shards: int = 1) -> int:
+    """The frozen base as one of `shards` processes holds it that share its 4-bit weights."""
     rest = BYTES[recipe.model.dtype]
     if recipe.model.quantization == "none":
         return shapes.total * rest
+    return packed_bytes(recipe, shapes) // shards + rest * shapes.unquantized
+
+
+def packed_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
+    """All weights that are quantized, with their scales."""
     if recipe.model.quantization == "int8":
-        return shapes.quantized + EIGHT_BIT_ROW_BYTES * shapes.quantized_rows + rest * shapes.unquantized
+        return shapes.quantized + EIGHT_BIT_ROW_BYTES * shapes.quantized_rows
     if recipe.model.quantization == "checkpoint":
         assert shapes.packed_bytes is not None, "shapes are those of training"
-        return shapes.packed_bytes + rest * shapes.unquantized
-    per_parameter = DOUBLE_QUANT_BYTES if recipe.model.double_quant else FOUR_BIT_BYTES
-    return round(per_parameter * shapes.quantized) + rest * shapes.unquantized
+        return shapes.packed_bytes
+    return round((DOUBLE_QUANT_BYTES if recipe.model.double_quant else FOUR_BIT_BYTES) * shapes.quantized)

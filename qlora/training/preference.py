@@ -31,6 +31,7 @@ from qlora.models.shapes import AdapterShapes, skeleton
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.fused import fuse
+from qlora.training.launch import shared_base
 from qlora.training.plan import Division, TrainingPlan, plan_batches
 
 log = logging.getLogger(__name__)
@@ -54,8 +55,9 @@ def build_trainer(
 ) -> Any:
     """TRL's trainer of `train.method`, with the plan of its batches as `plan`."""
     train = recipe.train
-    model = attach_adapter(load_for_training(base, recipe.model, device), recipe.lora)
     config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
+    sharding = shared_base(recipe, config)
+    model = attach_adapter(load_for_training(base, recipe.model, device, sharding), recipe.lora)
     plan = _plan(recipe, base, rows, model, config, device, checkpoints)
     largest = plan.memory.largest
     config.per_device_train_batch_size = plan.schedule.rows_per_step // config.world_size // plan.memory.forwards
@@ -90,6 +92,8 @@ def build_trainer(
             fused.keep_dense(largest.dense / plan.layers)
         for reason, layers in fused.plain.items():
             log.info("%d adapter layers train on the plain path: %s", layers, reason)
+    if sharding is not None:
+        sharding.leave_out_of_ddp(model)
     return trainer
 
 

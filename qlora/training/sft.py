@@ -31,6 +31,7 @@ from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.fused import Fused, fuse, fuse_head
 from qlora.training.graphs import Room
 from qlora.training.host_embedding import keep_embeddings_on_host
+from qlora.training.launch import shared_base
 from qlora.training.neftune import add_noise
 from qlora.training.packed import allow_packed
 from qlora.training.plan import Division, TrainingPlan, plan_training
@@ -52,12 +53,13 @@ def build_trainer(
     checkpoints: Path,
 ) -> Trainer:
     """The 4-bit base with a fresh adapter, and the rows, in a trainer."""
-    model = attach_adapter(load_for_training(base, recipe.model, device), recipe.lora)
+    config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
+    sharding = shared_base(recipe, config)
+    model = attach_adapter(load_for_training(base, recipe.model, device, sharding), recipe.lora)
     fast = recipe.train.kernels == "auto"
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
     fused = fuse(model, float8=recipe.model.compute_dtype == "float8") if fast and device.startswith("cuda") else None
-    config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
     row_tokens = [len(row.input_ids) for row in rows]
     kept = checkpoints / PLAN
     before = Division(**read_json(kept)) if kept.is_file() else None
@@ -100,6 +102,8 @@ def build_trainer(
     for parameter in trainable(trainer):
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
     begin(model, recipe.lora, base.directory)
+    if sharding is not None:
+        sharding.leave_out_of_ddp(model)
     return trainer
 
 
