@@ -53,6 +53,10 @@ SHAPES: dict[str, Shape] = {
         hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8,
         head_dim=128, vocab_size=151936, tie_word_embeddings=False, max_position_embeddings=40960,
     )),
+    "Qwen/Qwen3-14B": Shape("qwen3", 14_768_307_200, dict(
+        hidden_size=5120, intermediate_size=17408, num_hidden_layers=40, num_attention_heads=40, num_key_value_heads=8,
+        head_dim=128, vocab_size=151936, tie_word_embeddings=False, max_position_embeddings=40960,
+    )),
     "Qwen/Qwen3-32B": Shape("qwen3", 32_762_123_264, dict(
         hidden_size=5120, intermediate_size=25600, num_hidden_layers=64, num_attention_heads=64, num_key_value_heads=8,
         head_dim=128, vocab_size=151936, tie_word_embeddings=False, max_position_embeddings=40960,

@@ -182,61 +182,26 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     """One recipe's figures."""
     import torch
     from cards import USABLE
-    from gptq_engines import limit_gpu
-    from random_llama import write_byte_tokenizer
-    from random_model import load_random
-    from train import GIB, peak_memory, run_steps
+    from random_model import train_random
 
-    from qlora.models.base import Base
-    from qlora.models.loading import load_tokenizer
-    from qlora.training import preference, sft
-
-    recipe, on_gpu = load_recipe(name), job["device"] != "cpu"
+    recipe = load_recipe(name)
     card = card_of(packaged_recipes() / f"{name}.yaml")
     assert card is not None, "it is measurable"
     usable = USABLE * card[1]
-    before = torch.cuda.memory_allocated() / GIB if on_gpu else 0.0
     shape = SHAPES[recipe.model.base]
     config = tiny(shape) if job["tiny"] else shape.config()
     tried = shortened(recipe, job, usable)
-    device = "cuda:0" if on_gpu else "cpu"
-
-    def load(*_: Any, **__: Any) -> Any:
-        """In place of reading a checkpoint. The card's limit begins behind it: what weights are drawn into is ours."""
-        if on_gpu:
-            torch.cuda.set_per_process_memory_fraction(1.0)
-        model = load_random(config, recipe.model, device)
-        if on_gpu:
-            torch.cuda.empty_cache()
-            limit_gpu(usable + before)
-        return model
-
-    sft.load_base = preference.load_base = load
-    build: Any = sft.build_trainer if recipe.train.method == "sft" else preference.build_trainer
-    with tempfile.TemporaryDirectory() as folder:
-        write_byte_tokenizer(Path(folder))
-        rows = random_rows(tried, config.vocab_size, tried.train.batch_size * job["steps"])
-        base = Base(recipe.model.base, None, Path(folder))
-        checkpoints = Path(folder) / "checkpoints"
-        trainer = build(tried, base, load_tokenizer(base.directory), rows, [], device=device, checkpoints=checkpoints)
-        times, logs = run_steps(trainer, on_gpu=on_gpu)
-    memory = peak_memory(on_gpu=on_gpu)
-    tokens, seconds = sum(row.tokens for row in rows) / job["steps"], sum(times[-TIMED:]) / TIMED
-    return {
+    rows = random_rows(tried, config.vocab_size, tried.train.batch_size * job["steps"])
+    found = train_random(tried, config, rows, job["device"], usable)
+    tokens, seconds = sum(row.tokens for row in rows) / job["steps"], sum(found["step_seconds"][-TIMED:]) / TIMED
+    on_gpu = job["device"] != "cpu"
+    return found | {
         "settings": settings_of(recipe),
         "machine": torch.cuda.get_device_name() if on_gpu else "CPU",
         "held_to": usable if on_gpu else None,
         "gpus": card[0],
         "tokens_per_second": tokens / seconds,
-        "allocated": memory["allocated"] - before,
-        "reserved": memory["reserved"] - before,
-        "expected": sum(trainer.plan.parts.values()) / GIB,
-        "plan": trainer.plan.text,
-        "parts": trainer.plan.parts,
         "step_tokens": tokens,
-        "step_seconds": times,
-        "loss": logs[-1]["loss"],
-        "grad_norm": float(logs[-1]["grad_norm"]),
         "tiny": job["tiny"],
     }
 

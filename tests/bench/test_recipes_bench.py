@@ -55,7 +55,7 @@ def test_a_measured_recipe_says_what_it_is_and_what_it_took(tmp_path, monkeypatc
     from qlora.training import preference, sft
 
     for module in (sft, preference):
-        monkeypatch.setattr(module, "load_base", module.load_base)  # put back afterwards
+        monkeypatch.setattr(module, "load_for_training", module.load_for_training)  # put back afterwards
     job = {"steps": 3, "device": "cpu", "tiny": True}
     for name in ("qwen3-30b-a3b", "llama-3.1-8b-dpo"):
         row = recipes.measure(name, job)
