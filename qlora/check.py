@@ -155,7 +155,8 @@ def check(recipe: Recipe) -> CheckReport:
         free = report.free.host if report.free.device is None else report.free.device
         asked = (recipe.train.processes, shapes, adapter, report.machine, free)
         if recipe.train.method == "sft":
-            plan = attempt(plan_training, recipe, lengths, *asked, padded=False)
+            records = recipe.train.processes == 1 and not recipe.lora.dropout
+            plan = attempt(plan_training, recipe, lengths, *asked, padded=False, records=records)
         else:
             longest, fewest = longest_of(train.rows), fewest_rows(recipe.train.method)
             plan = attempt(plan_batches, recipe, lengths, longest, *asked, fewest=fewest)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from qlora.training.launch import shared_base
 from qlora.training.neftune import add_noise
 from qlora.training.packed import allow_packed
 from qlora.training.plan import Division, TrainingPlan, plan_training
-from qlora.training.probe import kept_bytes_per_token
+from qlora.training.probe import probe
 from qlora.training.recompute import recompute_first
 from qlora.training.trainer import Trainer
 
@@ -63,7 +63,11 @@ def build_trainer(
     row_tokens = [len(row.input_ids) for row in rows]
     kept = checkpoints / PLAN
     before = Division(**read_json(kept)) if kept.is_file() else None
-    plan = _plan(recipe, base, row_tokens, model, config, device, padded=cannot_pack is not None, before=before)
+    records = (
+        fused is not None and cannot_pack is None and plain_head is None and _can_be_recorded(model, fused, config)
+    )
+    padded = cannot_pack is not None
+    plan = _plan(recipe, base, row_tokens, model, config, device, padded=padded, records=records, before=before)
     largest = plan.memory.largest
     recompute_first(model.get_base_model(), largest.recomputed, offload=largest.offloaded)
     if fused is not None and largest.dense:
@@ -80,7 +84,7 @@ def build_trainer(
         log.info("%d adapter layers train on the plain path: %s", layers, reason)
     config.gradient_accumulation_steps = plan.schedule.forwards
     room = None
-    if cannot_pack is None and plain_head is None and config.world_size == 1 and _can_be_recorded(model, fused, plan):
+    if plan.recorded:
         room = Room.of(plan.schedule)
         plan = replace(plan, schedule=replace(plan.schedule, multiple=room.tokens))
         log.info("kernels are launched as CUDA graphs, rows filled up to multiples of %d tokens", room.tokens)
@@ -116,17 +120,18 @@ def _plan(
     device: str,
     *,
     padded: bool,
+    records: bool,
     before: Division | None,
 ) -> TrainingPlan:
     """The same on every process: in the memory of the one that has least, with what layers were found to keep."""
     bare = skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)
     shapes = training_shapes(bare, recipe.model, base.packed or base.directory)
     recompute_first(model.get_base_model(), 0)
-    measured = kept_bytes_per_token(model, shapes.layers, packed=not padded)
+    measured = probe(model, shapes.layers, packed=not padded)
     free = free_for_training(device)
     if config.world_size > 1:
         found = gather_object([(free, measured)])
-        free, measured = min(each[0] for each in found), max(each[1] for each in found)
+        free, measured = min(each[0] for each in found), max((each[1] for each in found), key=astuple)
     return plan_training(
         recipe,
         row_tokens,
@@ -137,17 +142,15 @@ def _plan(
         free,
         padded=padded,
         measured=measured,
+        records=records,
         before=before,
     )
 
 
-def _can_be_recorded(model: Any, fused: Fused | None, plan: TrainingPlan) -> bool:
-    """Whether passes are worth a CUDA graph, and nothing in them is known that a graph cannot hold."""
-    if fused is None or fused.plain or plan.memory.largest.offloaded:
-        return False
-    return plan.launch_bound and not any(
-        isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()
-    )
+def _can_be_recorded(model: Any, fused: Fused, config: SFTConfig) -> bool:
+    """Whether nothing in passes is known that a CUDA graph cannot hold."""
+    drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+    return config.world_size == 1 and not fused.plain and not drops
 
 
 def _dataset(rows: Sequence[RenderedRow]) -> Dataset:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from qlora.errors import UserError
 from qlora.models.resources import Pass, assumed_machine
 from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
-from qlora.models.training_memory import Trained
+from qlora.models.training_memory import Probe, Trained
 from qlora.recipe import Recipe
 from qlora.training.plan import plan_training
 
@@ -129,3 +129,23 @@ def test_a_run_that_goes_on_keeps_its_division(llama_8b) -> None:
     again = plan_training(*asked, 80 * GIB, padded=False, before=first.division)
     assert again.division == first.division != plan_training(*asked, 80 * GIB, padded=False).division
     assert again.memory.largest == first.memory.largest and again.schedule == first.schedule
+
+
+def test_passes_that_can_be_recorded_are_short_and_take_their_memory_twice(llama_8b) -> None:
+    """A host that launches slowly is no bound where passes are recorded, and one where they are not."""
+    recipe = Recipe.model_validate({"name": "t", "model": {"base": "a/b"}, "data": {"train": [{"path": "x"}]}})
+    slow = Probe(kept_bytes=95_000, launch_seconds=0.01)
+    alone, recorded = (
+        Trained(recipe, llama_8b, AdapterShapes(41_943_040), H100, 400, slow, records) for records in (False, True)
+    )
+    short, long = Pass(1024, 0), Pass(16384, 0)
+    assert recorded.recorded(short) and not recorded.recorded(long) and not alone.recorded(short)
+    assert not recorded.recorded(replace(short, offloaded=True, recomputed=32))
+    assert alone.seconds(short) == pytest.approx(0.32)
+    assert recorded.seconds(short) < 0.1
+    assert alone.seconds(long) == recorded.seconds(long)
+    parts = recorded.parts(short)
+    twice = sum(parts[name] for name in ("inputs of recomputed layers", "saved activations", "output head or backward"))
+    gradients = parts["gradients"] - alone.parts(short)["gradients"]
+    assert parts["gradients"] == 4 * 41_943_040
+    assert recorded.peak(short) - alone.peak(short) == pytest.approx(1.05 * (twice + gradients), abs=2)
