@@ -28,18 +28,15 @@ def settings(directory, compute_dtype="float32"):
 
 
 @pytest.fixture
-def load(save_packed):
-    """(base, model) of a packed checkpoint, loaded for training; conversions of the cache are removed."""
-    converted = []
+def load(save_packed, tmp_path, monkeypatch):
+    """(base, model) of a packed checkpoint, loaded for training; conversions go to a cache of the test's own."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
 
     def of(*kind, compute_dtype="float32"):
         base = resolve_base(str(save_packed(*kind)))
-        converted.append(base.directory)
         return base, load_for_training(base, settings(base.packed, compute_dtype), "cpu")
 
-    yield of
-    for directory in converted:
-        shutil.rmtree(directory, ignore_errors=True)
+    return of
 
 
 @pytest.mark.parametrize("kind", FORMATS + ACT_ORDER, ids=str)
