@@ -86,6 +86,8 @@ def load_base(
         "trust_remote_code": model.trust_remote_code,
     }
     config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+    if quantized and model.quantization == "checkpoint":
+        raise ValueError("a checkpoint's own codes are loaded by load_for_training")
     if quantized and model.requantizes:
         options["quantization_config"] = bitsandbytes_config(model, _left_in_16_bits(config, model))
     with contextlib.ExitStack() as patches:
