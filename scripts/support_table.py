@@ -194,7 +194,7 @@ def markdown(entries: list[Entry]) -> str:
             lines += [f"| **{NAMES[group]}** |{' |' * len(columns)}"] if len(row_groups) > 1 else []
             for name in (name for name in FEATURES[group] if name in seen):
                 cells = [_cell({name, column}, runs, [features for features, _ in refused]) for column in columns]
-                lines.append(f"| {' | '.join([name, *cells])} |")
+                lines += [f"| {' | '.join([name, *cells])} |"] if "".join(cells).strip() else []
     lines += ["", "Refused:", ""]
     lines += [f"- {' with '.join(sorted(features))}: {reason}" for features, reason in refused]
     return "\n".join(lines) + "\n"
