@@ -144,6 +144,13 @@ class Recipe(Section):
             raise ValueError("lora.dora begins with the norms of whole weights, which no process has with train.shard")
         return self
 
+    @model_validator(mode="after")
+    def _biases_are_of_no_reference(self) -> Recipe:
+        if self.lora.bias != "none" and self.train.method in ("dpo", "kto"):
+            method = self.train.method
+            raise ValueError(f"lora.bias trains biases of the base in place, and {method} measures answers against it")
+        return self
+
     @property
     def merges_exactly(self) -> bool:
         """Whether the merged model is there to be measured, and differs from the trained one by rounding alone."""

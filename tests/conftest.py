@@ -27,7 +27,7 @@ FACTS = {
 
 # Files that take longest, first: the last ones to run then end at about the same time in both workers.
 SLOWEST = (
-    "test_pipeline", "test_sweep", "test_external", "test_preference", "test_processes", "test_sft",
+    "test_pipeline", "test_support", "test_sweep", "test_external", "test_preference", "test_processes", "test_sft",
     "test_paths",
     "test_gptqmodel_interop", "test_cli", "test_tracking",
 )  # fmt: skip
@@ -215,6 +215,25 @@ def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def supported():
+    """`supported(run_dir)`: the run shows what works together, which recipes/support.md says. An entry of the table,
+    such as a refusal, will do too. Fails for what is not in it."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    import support_table
+
+    def record(shown: Path | dict) -> None:
+        entry = shown if isinstance(shown, dict) else support_table.entry_of(shown)
+        if folder := os.environ.get("QLORA_SUPPORT_RESULTS"):
+            support_table.leave(entry, Path(folder))
+        elif entry not in support_table.committed():
+            pytest.fail(f"not in recipes/support.json, see scripts/support_table.py: {entry}")
+
+    return record
 
 
 @pytest.fixture(scope="session")

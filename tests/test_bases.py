@@ -33,7 +33,7 @@ def run(path, *overrides):
     return recipe.run_dir, {rung["name"]: rung for rung in ladder["rungs"]}, report
 
 
-def test_int8_with_skipped_modules_goes_through_all_stages_and_merges_exactly(tiny_recipe, capsys):
+def test_int8_with_skipped_modules_goes_through_all_stages_and_merges_exactly(tiny_recipe, capsys, supported):
     run_dir, rungs, report = run(
         tiny_recipe(),
         "model.quantization=int8",
@@ -54,11 +54,12 @@ def test_int8_with_skipped_modules_goes_through_all_stages_and_merges_exactly(ti
     assert report.base.quantized_parameters == sum(
         codes["shape"][0] * codes["shape"][1] for codes in written["quantized"].values()
     )
+    supported(run_dir)
 
 
 @pytest.mark.parametrize(("method", "desc_act"), [("gptq", True), ("awq", False)], ids=["gptq", "awq"])
 def test_a_checkpoints_own_codes_go_through_all_stages_and_merge_exactly(
-    tiny_recipe, save_packed, method, desc_act, tmp_path, monkeypatch
+    tiny_recipe, save_packed, method, desc_act, tmp_path, monkeypatch, supported
 ):
     monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))  # where a number will be changed
     base = save_packed(method, 4, desc_act)
@@ -69,6 +70,7 @@ def test_a_checkpoints_own_codes_go_through_all_stages_and_merge_exactly(
     assert rungs["trained"]["loss"] < rungs["base"]["loss"]
     written = read_json(run_dir / "adapter" / "base.json")
     assert written["settings"]["quant_type"] == "checkpoint" and len(written["quantized"]) == 14
+    supported(run_dir)
     assert any("its own codes" in warning.what for warning in report.warnings)
     logs = "".join(file.read_text() for file in (run_dir / "logs").iterdir())
     assert "14 linears stay packed as in the checkpoint, dequantized for each product by torch" in logs
