@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -88,6 +89,20 @@ def tiny_model(tmp_path_factory) -> Path:
     model.get_input_embeddings().weight.data *= 3  # the tied head can then say something with certainty
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def deep_model(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model with five layers: more than there are buffers in which processes gather those that they share."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("deep") / "model"
+    shutil.copytree(tiny_model, directory)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(directory)
+    config.num_hidden_layers = 5
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
     return directory
 
 

@@ -13,7 +13,7 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora.artifacts import read_json, write_json
 from qlora.errors import QloraError, UserError
@@ -29,7 +29,7 @@ from qlora.training.saved import WEIGHTS, require_whole_adapter
 REPOSITORY = Path(__file__).parents[2]
 CONFIGURATIONS = sorted((REPOSITORY / "recipes" / "accelerate").glob("*.yaml"))
 STEPS = 4
-LAYERS = 5
+LAYERS = 5  # of deep_model
 
 
 def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, tmp_path):
@@ -58,18 +58,6 @@ def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, tmp_pa
     Pipeline(load_recipe(path, (f"output_dir={tmp_path / 'on'}",))).run_stage("train")
     metrics = same_training(tmp_path / "alone", tmp_path / "on", processes=1, since=2)
     assert metrics["resumed_from"] == "checkpoint-2"
-
-
-@pytest.fixture
-def deep_model(tiny_model, tmp_path) -> Path:
-    """The tiny model with more layers than there are buffers to gather them in."""
-    directory = tmp_path / "deep-model"
-    shutil.copytree(tiny_model, directory)
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(directory)
-    config.num_hidden_layers = LAYERS
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
 
 
 def launch(command: list[str], output_dir: Path, environment: dict[str, str] | None = None) -> None:
@@ -129,6 +117,7 @@ def accelerate_environment(*options: str) -> dict[str, str]:
     """What `accelerate launch` with these options gives its processes."""
     arguments = _validate_launch_command(launch_command_parser().parse_args([*options, "scripts/train.py"]))[0]
     if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""
         return prepare_deepspeed_cmd_env(arguments)[1]
     return prepare_multi_gpu_env(arguments)
 
