@@ -159,6 +159,20 @@ def _packed_as(method: str, weight_KN: torch.Tensor, order, group_K, bits: int) 
 
 
 @pytest.fixture(scope="session")
+def deep_model(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model with five layers: more than there are buffers in which processes gather those that they share."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("deep") / "model"
+    shutil.copytree(tiny_model, directory)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(directory)
+    config.num_hidden_layers = 5
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def eval_file(tmp_path_factory) -> Path:
     """Three of the facts, to ask for what was taught. (Calibration leaves them out.)"""
     return write_rows(tmp_path_factory.mktemp("facts") / "asked.jsonl", dict(list(FACTS.items())[:3]))
