@@ -113,8 +113,9 @@ class Recipe(Section):
     def _loftq_has_something_to_make_up_for(self) -> Recipe:
         if self.lora.init == "loftq" and self.model.quantization == "none":
             raise ValueError("lora.init: loftq makes up for quantization, and model.quantization is none")
-        if self.lora.init == "loftq" and self.train.method in ("dpo", "kto"):
-            raise ValueError(f"{self.train.method} compares with the base, which an adapter of loftq does not begin as")
+        if self.lora.init in ("loftq", "pissa") and self.train.method in ("dpo", "kto"):
+            init, method = self.lora.init, self.train.method
+            raise ValueError(f"{method} compares with the base, which an adapter of {init} does not begin as")
         return self
 
     @property

@@ -101,9 +101,10 @@ class Lora(Section):
     """Train the biases of the base too: none, those of adapted layers, or all."""
     modules_to_save: list[str] = []
     """Modules trained in full and stored with the adapter, such as a new head."""
-    init: Literal["default", "gaussian", "loftq"] = "default"
-    """What A and B begin as. B is zero, and A random, but for loftq: together what of rank r makes up for most of what
-    4 bits took from the weights (Li et al. 2023). The base and the merge are the same for all of them."""
+    init: Literal["default", "gaussian", "loftq", "pissa"] = "default"
+    """What A and B begin as. B is zero, and A random; loftq: together what of rank r makes up for most of what 4 bits
+    took from the weights (Li et al. 2023); pissa: the principal part of the weights, of which the base is what is left
+    (Meng et al. 2024). The merge is exact for all of them."""
     start_from: str | None = None
     """Directory of an adapter to go on from, such as another run's `adapter`, with this section's settings."""
     combine: list[Weighted] = []
@@ -117,8 +118,8 @@ class Lora(Section):
             raise ValueError("combine makes an adapter without training, so there is nothing to start_from")
         if self.init != "default" and (self.start_from is not None or self.combine):
             raise ValueError(f"init: {self.init} is how a new adapter begins; start_from and combine have theirs")
-        if self.init == "loftq" and self.dora:
-            raise ValueError("init: loftq changes what DoRA's magnitudes were taken from; use one of them")
+        if self.init in ("loftq", "pissa") and self.dora:
+            raise ValueError(f"init: {self.init} changes what DoRA's magnitudes were taken from; use one of them")
         return self
 
 

@@ -327,7 +327,11 @@ def _rungs(run: Run) -> list[Any]:
             lambda: load(quantized=False).eval(),
         ),
         Rung(START, f"base, {kind}", lambda: load(quantized=True).eval()),
-        Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(quantized=True), run.dirs.adapter)),
+        Rung(
+            TRAINED,
+            f"trained, {kind} + LoRA",
+            lambda: load_trained(load(quantized=True), run.dirs.adapter, run.base.directory),
+        ),
         Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),
         Rung(
             "gptq",

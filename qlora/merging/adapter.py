@@ -16,8 +16,9 @@ import torch
 from qlora.errors import Problem, UserError
 from qlora.merging.delta import LowRankUpdate, lora_scaling, matching_pattern
 from qlora.models.checkpoint import CheckpointReader, TensorSpec
+from qlora.models.principal import FILE as BEGINNING
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
 LORA_PARTS = {
@@ -54,7 +55,8 @@ WITHOUT_EFFECT = {
     "target_modules",
     "task_type",
 }
-# Other initialisations (pissa, olora, corda, loftq, …) replace the base weights before training.
+# Other initialisations (olora, corda, loftq, …) replace the base weights before training; so does pissa, which is known
+# where it was ours and left what it took from them.
 BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -90,7 +92,7 @@ class Adapter:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.config = read_lora_config(self.directory / CONFIG_NAME)
-        self._reader = CheckpointReader(self.directory)
+        self._reader = CheckpointReader(self.directory, WEIGHTS_NAME)
         self._untaken = set(self._reader.names())
         self.lora: dict[str, dict[str, str]] = {}
         """Keys of the low-rank tensors by module name and part (a value of LORA_PARTS)."""
@@ -206,7 +208,7 @@ def read_lora_config(path: Path) -> LoraConfig:
     if config.get("peft_type") != "LORA":
         problems.append(Problem(f"peft_type: {config.get('peft_type')} is not LORA", str(path), fix))
     init: Any = config.get("init_lora_weights", True)
-    if init not in BASE_PRESERVING_INITS:
+    if init not in BASE_PRESERVING_INITS and not (init == "pissa" and (path.parent / BEGINNING).is_file()):
         problems.append(Problem(f"init_lora_weights: {init} changes the base before training", str(path), fix))
     if problems:
         raise UserError(problems)

@@ -146,13 +146,21 @@ def _linears_beside_experts(model: PreTrainedModel) -> set[str]:
     return linears - {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
-def load_trained(base: PreTrainedModel, adapter: Path) -> Any:
-    """The trained adapter on its base, for measuring (a `PeftModel` in eval mode)."""
-    from peft import PeftModel
+def load_trained(base: PreTrainedModel, adapter: Path, directory: Path) -> Any:
+    """The trained adapter on its base, for measuring (a `PeftModel` in eval mode).
 
+    base: as `load_base` loads it from the directory.
+    """
+    from peft import LoraConfig, PeftModel
+
+    from qlora.models.adapter_beginning import put_rests
     from qlora.models.adapter_sums import round_once
+    from qlora.models.provenance import FILE_NAME, read_provenance
 
-    return round_once(PeftModel.from_pretrained(base, adapter).eval())
+    put_rests(base, adapter, read_provenance(adapter / FILE_NAME).beginning, directory)
+    config = LoraConfig.from_pretrained(str(adapter))
+    config.init_lora_weights, config.inference_mode = True, True  # the base is what it began from already
+    return round_once(PeftModel.from_pretrained(base, adapter, config=config).eval())
 
 
 def load_plain(

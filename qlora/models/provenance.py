@@ -81,6 +81,9 @@ class Provenance:
     """Names of linear layers whose stored weight is [in, out] (GPT-2's Conv1D), sorted."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Parameter name → name of the stored tensor, where transformers renames on loading."""
+    beginning: str | None = None
+    """sha256 of the file that says what the adapter began as, where that was taken from the weights before they were
+    quantized (`principal`): `quantized` is then of what is left."""
 
     @property
     def digest(self) -> str:
@@ -90,7 +93,13 @@ class Provenance:
 
 
 def write_provenance(
-    model: nn.Module, path: Path, *, base_id: str, revision: str | None, settings: QuantizationSettings
+    model: nn.Module,
+    path: Path,
+    *,
+    base_id: str,
+    revision: str | None,
+    settings: QuantizationSettings,
+    beginning: str | None = None,
 ) -> Provenance:
     """Describe the base inside a model that is loaded for training, with or without a PEFT adapter on it, as base.json.
 
@@ -137,6 +146,7 @@ def write_provenance(
         tied=_tied_parameters(base),
         transposed=sorted(transposed),
         renamed=renamed_tensors(base),
+        beginning=beginning,
     )
     path.write_text(json.dumps(provenance_to_json(provenance), indent=1) + "\n", encoding="utf-8")
     return provenance

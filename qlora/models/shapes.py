@@ -187,9 +187,13 @@ def _linears(model: PreTrainedModel) -> tuple[LinearShape, ...]:
 def adapter_shapes(model: PreTrainedModel, lora: Lora) -> AdapterShapes:
     """What the recipe's adapter trains. PEFT attaches it to `model` (a `skeleton`), so its own matching rules count.
 
-    Raises `UserError` when `lora.target_modules` matches nothing, or is not what `lora.start_from` has.
+    Raises `UserError` when `lora.target_modules` matches nothing, or is not what `lora.start_from` has, or has layers
+    that `lora.init` does not know how to take apart.
     """
+    from qlora.models.adapter_beginning import require_layers
+
     adapted = attach_adapter(model, lora)
+    require_layers(adapted, lora)
     if lora.start_from is not None:
         require_fit(adapted, lora)
     return AdapterShapes(sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad))

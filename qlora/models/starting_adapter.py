@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from qlora.artifacts import file_digest, read_json
 from qlora.errors import UserError
+from qlora.models.principal import FILE as BEGINNING
 from qlora.models.provenance import FILE_NAME, Provenance, read_provenance
 from qlora.recipe import Lora
 
@@ -43,6 +44,12 @@ def require_fit(model: Any, lora: Lora) -> None:
     from peft import get_peft_model_state_dict
 
     config = read_json(_file(lora, CONFIG))
+    if (Path(str(lora.start_from)) / BEGINNING).is_file():
+        raise UserError(
+            "the adapter to go on from has a base of its own: what lora.init: pissa left of this one",
+            WHERE,
+            "take the merged model of its run as model.base, and begin anew",
+        )
     other = [
         f"lora.{ours} {getattr(lora, ours)} (there {config.get(theirs)})"
         for theirs, ours in SETTINGS.items()

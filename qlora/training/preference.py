@@ -22,7 +22,7 @@ from transformers import PrinterCallback
 from qlora.artifacts import read_json
 from qlora.data.rendering import RenderedRow
 from qlora.measure import free_for_training
-from qlora.models.adapter_beginning import begin
+from qlora.models.adapter_beginning import begin, take_parts
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES, attach_adapter, load_base
 from qlora.models.resources import machine_of
@@ -63,7 +63,7 @@ def build_trainer(
     config.gradient_checkpointing_kwargs = {"use_reentrant": False}
     config.dataloader_drop_last = False
     log.info("training: %s", plan.text)
-    begin(model, recipe.lora, base.directory)
+    begin(model, recipe.lora, base.directory, take_parts(model, recipe.lora, base.directory, checkpoints))
     started = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     shuffled = list(rows)
     if train.method == "kto":  # TRL goes through them in order, and pairs each with its neighbour

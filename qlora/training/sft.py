@@ -20,7 +20,7 @@ from trl import SFTConfig
 from qlora.artifacts import read_json
 from qlora.data.rendering import RenderedRow
 from qlora.measure import free_for_training
-from qlora.models.adapter_beginning import begin
+from qlora.models.adapter_beginning import begin, take_parts
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES, attach_adapter, load_base
 from qlora.models.resources import machine_of
@@ -51,12 +51,13 @@ def build_trainer(
     checkpoints: Path,
 ) -> Trainer:
     """The 4-bit base with a fresh adapter, and the rows, in a trainer."""
+    config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
     model = attach_adapter(load_base(base.directory, recipe.model, device, quantized=True), recipe.lora)
+    parts = take_parts(model, recipe.lora, base.directory, checkpoints)
     fast = recipe.train.kernels == "auto"
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
     fused = fuse(model, float8=recipe.model.compute_dtype == "float8") if fast and device.startswith("cuda") else None
-    config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
     row_tokens = [len(row.input_ids) for row in rows]
     kept = checkpoints / PLAN
     before = Division(**read_json(kept)) if kept.is_file() else None
@@ -98,7 +99,7 @@ def build_trainer(
     # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
     for parameter in trainable(trainer):
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
-    begin(model, recipe.lora, base.directory)
+    begin(model, recipe.lora, base.directory, parts)
     return trainer
 
 

@@ -295,8 +295,8 @@ def test_quantized_base_is_as_bitsandbytes_makes_it(tiny_recipe):
     assert all(layer.compute_dtype == torch.bfloat16 for layer in layers)
 
 
-@pytest.mark.parametrize("launch", ["slurm", "recipe"])
-def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, launch):
+@pytest.mark.parametrize(("launch", "overrides"), [("slurm", []), ("recipe", ["lora.init=pissa"])])
+def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, launch, overrides):
     """Same rows per step on 1 and 2 processes, in fp32: the adapters agree. Only one process writes."""
     sections = {
         "model": {"compute_dtype": "float32"},
@@ -304,9 +304,9 @@ def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, laun
     }
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     path = tiny_recipe(**sections)
-    alone = load_recipe(path, (f"output_dir={tmp_path / '1'}",))
+    alone = load_recipe(path, (f"output_dir={tmp_path / '1'}", *overrides))
     Pipeline(alone).run_stage("train")
-    options = [str(path), f"output_dir={tmp_path / '2'}"]
+    options = [str(path), f"output_dir={tmp_path / '2'}", *overrides]
     command = [sys.executable, "-m", "qlora", "train", *options, "train.processes=2"]
     if launch == "slurm":
         environment |= two_machines(tmp_path / "bin")
@@ -323,6 +323,8 @@ def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, laun
         assert (metrics["processes"], metrics["steps"]) == (processes, 3)
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=2e-3, atol=2e-4)
+    one, two = (read_json(tmp_path / str(processes) / "tiny" / "adapter" / "base.json") for processes in (1, 2))
+    assert one == two  # with what pissa left of the weights, in every process
 
 
 def two_machines(directory: Path) -> dict[str, str]:
