@@ -118,6 +118,16 @@ class Recipe(Section):
             raise ValueError(f"{method} compares with the base, which an adapter of {init} does not begin as")
         return self
 
+    @model_validator(mode="after")
+    def _copied_adapters_have_no_rows(self) -> Recipe:
+        lora, method = self.lora, self.train.method
+        if lora.start_from is not None and (lora.new_tokens or lora.train_tokens) and method in ("dpo", "kto"):
+            raise ValueError(
+                f"{method} with lora.start_from compares with a copy of that adapter, which TRL makes without its "
+                "trained tokens: merge it first, and take the merged model as model.base"
+            )
+        return self
+
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name

@@ -48,10 +48,13 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer with the chat template that the rows are rendered with."""
+        """The base's tokenizer with new tokens and the chat template that the rows are rendered with."""
         from qlora.models.loading import load_tokenizer
+        from qlora.models.tokens import add_tokens
 
-        return load_tokenizer(self.base.directory, self.recipe.model.trust_remote_code)
+        tokenizer = load_tokenizer(self.base.directory, self.recipe.model.trust_remote_code)
+        add_tokens(tokenizer, self.recipe.lora)
+        return tokenizer
 
     @cached_property
     def train_rows(self) -> Any:
@@ -310,10 +313,12 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
 def _rungs(run: Run) -> list[Any]:
     from qlora.evaluation.ladder import BASE, START, TRAINED, Rung
     from qlora.models.loading import DTYPES, load_base, load_gptq, load_plain, load_trained
+    from qlora.models.tokens import trained_tokens
 
     model, device, quantized = run.recipe.model, run.device, run.recipe.model.quantization != "none"
     dtype = DTYPES[model.dtype]
-    load = partial(load_base, run.base.directory, model, device)
+    tokens = trained_tokens(run.recipe.lora, run.base.directory, model.trust_remote_code)
+    load = partial(load_base, run.base.directory, model, device, tokens=tokens)
     kind, packed = model.quantization.upper(), run.base.dequantized_from or ""
     options: dict[str, Any] = {
         "attn_implementation": model.attn_implementation,

@@ -76,6 +76,7 @@ def read_parts(parts: Sequence[Weighted]) -> list[Adapter]:
             "a bias in the adapter": "bias" in kinds,
             "an adapter of an embedding": bool(kinds & {"embedding_A", "embedding_B"}),
             "modules trained in full": bool(adapters[-1].replacements),
+            "trained tokens": bool(adapters[-1].rows),
             "a base of its own (lora.init: pissa)": (Path(part.path) / BEGINNING).is_file(),
         }
         found = [reason for reason, there in reasons.items() if there]

@@ -69,6 +69,7 @@ class MergedSource:
         self._device = device
         plan = plan_merge(self._base_reader, self.provenance, self.adapter, dtype)
         self.untied = plan.untied
+        self.vocabulary = plan.vocabulary
         self._tensors = {tensor.name: self._in_weight_dtype(tensor, weight_dtype) for tensor in plan.tensors}
 
     def names(self) -> list[str]:
@@ -87,6 +88,8 @@ class MergedSource:
             value = self.adapter.replacement(parameter)
         else:
             value = self._base_reader.read(tensor.source)
+        if parameter in self.adapter.rows:
+            value = self.adapter.with_rows(parameter, value.to(tensor.spec.dtype), self.provenance.load_dtype)
         module, _, kind = parameter.rpartition(".")
         lora = self.adapter.lora.get(module, {})
         if kind == "bias" and "bias" in lora:

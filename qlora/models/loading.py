@@ -17,6 +17,15 @@ from transformers.pytorch_utils import Conv1D
 from qlora.errors import UserError
 from qlora.models.packed_checkpoint import dequantized_tensors, transposed_linears
 from qlora.models.patches import plain_falcon_linears
+from qlora.models.tokens import (
+    TrainedTokens,
+    begin_rows,
+    grow,
+    read_rows_apart,
+    require_rows,
+    rows_and_adapter,
+    token_indices,
+)
 from qlora.recipe import Lora, Model
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -41,8 +50,13 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_base(directory: Path, model: Model, device: str, *, quantized: bool) -> PreTrainedModel:
-    """The frozen base in the recipe's dtype, its linear layers in bitsandbytes 4-bit if `quantized`."""
+def load_base(
+    directory: Path, model: Model, device: str, *, quantized: bool, tokens: TrainedTokens | None = None
+) -> PreTrainedModel:
+    """The frozen base in the recipe's dtype, its linear layers in bitsandbytes 4-bit if `quantized`.
+
+    tokens: that are to have rows, as training begins with them (`begin_rows`).
+    """
     options: dict[str, Any] = {
         "dtype": DTYPES[model.dtype],
         "device_map": {"": device},
@@ -56,6 +70,8 @@ def load_base(directory: Path, model: Model, device: str, *, quantized: bool) ->
         loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
     disable_cpu_repacking(loaded)
     loaded.config.use_cache = False
+    if tokens is not None:
+        begin_rows(loaded, tokens)
     return loaded
 
 
@@ -83,7 +99,7 @@ def disable_cpu_repacking(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def lora_config(lora: Lora) -> Any:
+def lora_config(lora: Lora, token_indices: dict[str, list[int]] | None = None) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
@@ -97,19 +113,21 @@ def lora_config(lora: Lora) -> Any:
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,
         modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=token_indices,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         task_type="CAUSAL_LM",
     )
 
 
-def attach_adapter(base: PreTrainedModel, lora: Lora) -> Any:
+def attach_adapter(base: PreTrainedModel, lora: Lora, tokens: TrainedTokens | None = None) -> Any:
     """A fresh LoRA adapter on the base (a `PeftModel`), trainable parameters in `lora.dtype`.
 
-    Raises UserError when `lora.target_modules` matches nothing, or the experts of a mixture.
+    tokens: whose rows it trains; the base has them (`begin_rows`). Raises UserError when `lora.target_modules` matches
+    nothing, or the experts of a mixture, and as `token_indices` and `require_rows` do.
     """
     from peft import get_peft_model
 
-    config = lora_config(lora)
+    config = lora_config(lora, token_indices(base, tokens, lora) if tokens is not None else None)
     if lora.target_modules == "all-linear" and _has_fused_experts(base):
         config.target_modules = _linears_beside_experts(base)
     try:
@@ -118,12 +136,19 @@ def attach_adapter(base: PreTrainedModel, lora: Lora) -> Any:
         raise UserError(
             str(error).splitlines()[0], "lora.target_modules", "all-linear fits every architecture"
         ) from None
+    except TypeError:
+        if tokens is None:
+            raise
+        raise rows_and_adapter() from None
     if config.target_parameters:
         raise UserError(
             f"experts cannot have an adapter: {', '.join(sorted(config.target_parameters))}",
             "lora.target_modules",
             "use all-linear, which leaves them out, or name the linears of the attention",
         )
+    if tokens is not None:
+        require_rows(adapted)
+        read_rows_apart(adapted)
     return adapted
 
 
@@ -157,10 +182,14 @@ def load_trained(base: PreTrainedModel, adapter: Path, directory: Path) -> Any:
     from qlora.models.adapter_sums import round_once
     from qlora.models.provenance import FILE_NAME, read_provenance
 
-    put_rests(base, adapter, read_provenance(adapter / FILE_NAME).beginning, directory)
     config = LoraConfig.from_pretrained(str(adapter))
     config.init_lora_weights, config.inference_mode = True, True  # the base is what it began from already
-    return round_once(PeftModel.from_pretrained(base, adapter, config=config).eval())
+    if config.trainable_token_indices:
+        grow(base, TrainedTokens.of_layers(config.trainable_token_indices))
+    put_rests(base, adapter, read_provenance(adapter / FILE_NAME).beginning, directory)
+    model = PeftModel.from_pretrained(base, adapter, config=config).eval()
+    read_rows_apart(model)
+    return round_once(model)
 
 
 def load_plain(

@@ -257,12 +257,14 @@ def _module_codes(name: str, module: Linear4bit, settings: QuantizationSettings)
 def _base_items(items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Modules or parameters of the base under the names they had before PEFT wrapped them, without those PEFT added.
 
-    PEFT holds the original of an adapted layer as `base_layer`, that of a fully trained one as `original_module`.
+    PEFT holds the original of an adapted layer as `base_layer`, that of a fully trained one as `original_module`, and
+    that of one with trained rows as `token_adapter.base_layer`.
     """
+    wrappers = ("base_layer", "original_module", "token_adapter")
     for name, item in items:
         parts = name.split(".")
-        if not any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
-            yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), item
+        if not any(part.startswith(("lora_", "trainable_tokens_")) or part == "modules_to_save" for part in parts):
+            yield ".".join(part for part in parts if part not in wrappers), item
 
 
 def _tied_parameters(base: nn.Module) -> list[list[str]]:

@@ -28,6 +28,7 @@ from qlora.errors import UserError
 from qlora.models.loading import attach_adapter
 from qlora.models.starting_adapter import require_fit
 from qlora.models.stored_names import stored_names
+from qlora.models.tokens import TrainedTokens, begin_rows
 from qlora.quantization.experts import Experts, expert_pieces, take_experts_apart
 from qlora.quantization.modules import decoder_layers, quantizable_modules, weight_shape
 from qlora.recipe import Lora
@@ -184,7 +185,7 @@ def _linears(model: PreTrainedModel) -> tuple[LinearShape, ...]:
     return tuple(linears)
 
 
-def adapter_shapes(model: PreTrainedModel, lora: Lora) -> AdapterShapes:
+def adapter_shapes(model: PreTrainedModel, lora: Lora, tokens: TrainedTokens | None = None) -> AdapterShapes:
     """What the recipe's adapter trains. PEFT attaches it to `model` (a `skeleton`), so its own matching rules count.
 
     Raises `UserError` when `lora.target_modules` matches nothing, or is not what `lora.start_from` has, or has layers
@@ -192,7 +193,9 @@ def adapter_shapes(model: PreTrainedModel, lora: Lora) -> AdapterShapes:
     """
     from qlora.models.adapter_beginning import require_layers
 
-    adapted = attach_adapter(model, lora)
+    if tokens is not None:
+        begin_rows(model, tokens)
+    adapted = attach_adapter(model, lora, tokens)
     require_layers(adapted, lora)
     if lora.start_from is not None:
         require_fit(adapted, lora)

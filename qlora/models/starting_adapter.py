@@ -59,6 +59,7 @@ def require_fit(model: Any, lora: Lora) -> None:
         raise UserError(
             f"the adapter to go on from has another {', '.join(other)}", WHERE, "give the recipe the adapter's settings"
         )
+    _require_tokens(model, lora, config)
     found, expected = _weights(lora), get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = sorted(
         name
@@ -72,6 +73,28 @@ def require_fit(model: Any, lora: Lora) -> None:
             WHERE,
             "name the modules that the adapter has in lora.target_modules, and its base in model.base",
         )
+
+
+def _require_tokens(model: Any, lora: Lora, config: dict[str, Any]) -> None:
+    """Raise UserError unless the same rows are trained there, of tokens of the same text."""
+    there, here = ((each or {}) for each in (config.get("trainable_token_indices"), _indices(model)))
+    texts = [token.text for token in lora.new_tokens]
+    same = there == here
+    if same and texts and (Path(str(lora.start_from)) / "tokenizer_config.json").is_file():
+        from qlora.models.loading import load_tokenizer
+
+        known = load_tokenizer(Path(str(lora.start_from))).get_vocab()
+        same = all(text in known for text in texts)
+    if not same:
+        raise UserError(
+            "the adapter to go on from trains other tokens",
+            WHERE,
+            "give lora.new_tokens and train_tokens of its recipe",
+        )
+
+
+def _indices(model: Any) -> Any:
+    return model.peft_config["default"].trainable_token_indices
 
 
 def require_base(provenance: Provenance, lora: Lora) -> None:

@@ -27,6 +27,7 @@ from qlora.models.base import Base
 from qlora.models.loading import DTYPES, attach_adapter, load_base
 from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
+from qlora.models.tokens import trained_tokens
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.fused import fuse
@@ -53,7 +54,9 @@ def build_trainer(
 ) -> Any:
     """TRL's trainer of `train.method`, with the plan of its batches as `plan`."""
     train = recipe.train
-    model = attach_adapter(load_base(base.directory, recipe.model, device, quantized=True), recipe.lora)
+    tokens = trained_tokens(recipe.lora, base.directory, recipe.model.trust_remote_code)
+    loaded = load_base(base.directory, recipe.model, device, quantized=True, tokens=tokens)
+    model = attach_adapter(loaded, recipe.lora, tokens)
     config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
     plan = _plan(recipe, rows, model, config, device, checkpoints)
     largest = plan.memory.largest

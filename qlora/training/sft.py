@@ -25,6 +25,7 @@ from qlora.models.base import Base
 from qlora.models.loading import DTYPES, attach_adapter, load_base
 from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
+from qlora.models.tokens import trained_tokens
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.fused import Fused, fuse, fuse_head
@@ -52,7 +53,9 @@ def build_trainer(
 ) -> Trainer:
     """The 4-bit base with a fresh adapter, and the rows, in a trainer."""
     config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
-    model = attach_adapter(load_base(base.directory, recipe.model, device, quantized=True), recipe.lora)
+    tokens = trained_tokens(recipe.lora, base.directory, recipe.model.trust_remote_code)
+    loaded = load_base(base.directory, recipe.model, device, quantized=True, tokens=tokens)
+    model = attach_adapter(loaded, recipe.lora, tokens)
     parts = take_parts(model, recipe.lora, base.directory, checkpoints)
     fast = recipe.train.kernels == "auto"
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
