@@ -67,9 +67,8 @@ def require_layers(model: Any, lora: Lora) -> None:
     """
     if lora.init not in ("loftq", "pissa"):
         return
-    whole = model.get_base_model()
-    embeddings, problems = whole.get_input_embeddings(), []
-    for name, layer in _adapted_layers(whole):
+    problems = []
+    for name, layer in _adapted_layers(model.get_base_model()):
         base = layer.get_base_layer()
         if Conv1D in (type(base), getattr(base, "source_cls", None)):
             reason = "holds its weight transposed"
@@ -77,8 +76,6 @@ def require_layers(model: Any, lora: Lora) -> None:
             continue  # of layers in 16 bits nothing was taken
         elif not isinstance(base, nn.Linear):
             reason = f"is not a linear layer but a {type(base).__name__}"
-        elif base.weight is getattr(getattr(embeddings, "base_layer", embeddings), "weight", None):
-            reason = "shares its weight with the token embeddings"
         else:
             continue
         problems.append(Problem(f"{name} {reason}", f"lora.init: {lora.init}", "use default, or other target_modules"))

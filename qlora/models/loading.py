@@ -23,7 +23,6 @@ from qlora.models.tokens import (
     grow,
     read_rows_apart,
     require_rows,
-    rows_and_adapter,
     token_indices,
 )
 from qlora.recipe import Lora, Model
@@ -123,9 +122,10 @@ def attach_adapter(base: PreTrainedModel, lora: Lora, tokens: TrainedTokens | No
     """A fresh LoRA adapter on the base (a `PeftModel`), trainable parameters in `lora.dtype`.
 
     tokens: whose rows it trains; the base has them (`begin_rows`). Raises UserError when `lora.target_modules` matches
-    nothing, or the experts of a mixture, and as `token_indices` and `require_rows` do.
+    nothing, or the experts of a mixture or the output head, and as `token_indices` and `require_rows` do.
     """
     from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
 
     config = lora_config(lora, token_indices(base, tokens, lora) if tokens is not None else None)
     if lora.target_modules == "all-linear" and _has_fused_experts(base):
@@ -139,12 +139,22 @@ def attach_adapter(base: PreTrainedModel, lora: Lora, tokens: TrainedTokens | No
     except TypeError:
         if tokens is None:
             raise
-        raise rows_and_adapter() from None
+        raise UserError(
+            "token embeddings cannot have both trained rows and an adapter",
+            "lora.target_modules",
+            "leave them out, or new_tokens and train_tokens",
+        ) from None
     if config.target_parameters:
         raise UserError(
             f"experts cannot have an adapter: {', '.join(sorted(config.target_parameters))}",
             "lora.target_modules",
             "use all-linear, which leaves them out, or name the linears of the attention",
+        )
+    if isinstance(adapted.get_base_model().get_output_embeddings(), LoraLayer):
+        raise UserError(
+            "the output head cannot have an adapter: TRL takes losses from its weight alone",
+            "lora.target_modules",
+            "leave it out; lora.modules_to_save trains it whole",
         )
     if tokens is not None:
         require_rows(adapted)

@@ -145,20 +145,13 @@ def token_indices(model: Any, tokens: TrainedTokens, lora: Lora) -> dict[str, li
 
 
 def require_rows(adapted: Any) -> None:
-    """Raise UserError where rows are trained of a layer that is adapted too, or of one of two that are tied."""
-    from peft.tuners.lora import LoraLayer
+    """Raise UserError where PEFT does not train the rows of a head that is tied to the embeddings."""
     from peft.utils import TrainableTokensWrapper
 
     whole = adapted.get_base_model()
-    for layer in (whole.get_input_embeddings(), whole.get_output_embeddings()):
-        if not isinstance(layer, TrainableTokensWrapper) or isinstance(layer.original_module, LoraLayer):
-            raise rows_and_adapter()
-
-
-def rows_and_adapter() -> UserError:
-    """Of one layer."""
-    what = "token embeddings and output head cannot have both trained rows and an adapter"
-    return UserError(what, "lora.target_modules", "leave them out, or new_tokens and train_tokens")
+    if not isinstance(whole.get_output_embeddings(), TrainableTokensWrapper):
+        what = f"PEFT does not see that embeddings and output head of {type(whole).__name__} are one matrix"
+        raise UserError(what, "lora.new_tokens", "leave out new_tokens and train_tokens")
 
 
 def read_rows_apart(model: nn.Module) -> int:
@@ -188,8 +181,8 @@ def learned_rows(layer: Any) -> torch.Tensor | None:
 
 def _forward(layer: Any) -> Callable[..., torch.Tensor]:
     ids_n, is_head = row_ids(layer), isinstance(layer.get_base_layer(), nn.Linear)
-    # The place of each token among the trained ones, −1 for all others.
-    places_V = torch.full((len(layer.get_base_layer().weight),), -1, device=ids_n.device)
+    # The place of each token among the trained ones; all others have the one behind, whose gradient nobody adds up.
+    places_V = torch.full((len(layer.get_base_layer().weight),), len(ids_n), device=ids_n.device)
     places_V[ids_n] = torch.arange(len(ids_n), device=ids_n.device)
     plain: Callable[..., torch.Tensor] = layer.forward
 
@@ -204,8 +197,9 @@ def _forward(layer: Any) -> Callable[..., torch.Tensor]:
             return out.index_copy(-1, ids_n, nn.functional.linear(x, rows_nD).to(out.dtype))
         if (scale := getattr(base, "embed_scale", None)) is not None:
             rows_nD = rows_nD * scale.to(rows_nD.dtype)
-        places = places_V[x]
-        return torch.where((places >= 0)[..., None], rows_nD[places.clamp(min=0)].to(out.dtype), out)
+        places, padded_D = places_V[x], nn.functional.pad(rows_nD, (0, 0, 0, 1))
+        found = nn.functional.embedding(places, padded_D, padding_idx=len(ids_n))
+        return torch.where((places < len(ids_n))[..., None], found.to(out.dtype), out)
 
     return forward
 

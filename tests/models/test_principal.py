@@ -242,9 +242,5 @@ def test_what_cannot_begin_so_is_refused(tiny_recipe, overrides, message):
 
 
 def test_layers_that_it_cannot_take_apart_are_named_by_check(tiny_recipe):
-    for modules, message in {
-        "[q_proj, lm_head]": "lm_head shares its weight",
-        "[q_proj, embed_tokens]": "is not a linear layer",
-    }.items():
-        report = check(load_recipe(tiny_recipe(), ("lora.init=pissa", f"lora.target_modules={modules}")))
-        assert any(message in problem.what for problem in report.problems), report.problems
+    report = check(load_recipe(tiny_recipe(), ("lora.init=pissa", "lora.target_modules=[q_proj, embed_tokens]")))
+    assert any("embed_tokens is not a linear layer" in problem.what for problem in report.problems), report.problems

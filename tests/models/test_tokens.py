@@ -254,7 +254,7 @@ def test_recipes_that_contradict_themselves(tiny_recipe, overrides, message):
         (["lora.new_tokens=[harvest]", "lora.train_tokens=[<odd>]"], "'<odd>' is not one token of the base's"),
         (["lora.new_tokens=[<a>]", "lora.modules_to_save=[embed_tokens]"], "trained whole"),
         (["lora.new_tokens=[<a>]", "lora.target_modules=[q_proj, embed_tokens]"], "both trained rows and an adapter"),
-        (["lora.new_tokens=[<a>]", "lora.target_modules=[q_proj, lm_head]"], "both trained rows and an adapter"),
+        (["lora.new_tokens=[<a>]", "lora.target_modules=[q_proj, lm_head]"], "output head cannot have an adapter"),
     ],
     ids=["already there", "not there", "modules_to_save", "adapted embeddings", "adapted head"],
 )

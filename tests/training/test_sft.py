@@ -295,7 +295,9 @@ def test_quantized_base_is_as_bitsandbytes_makes_it(tiny_recipe):
     assert all(layer.compute_dtype == torch.bfloat16 for layer in layers)
 
 
-@pytest.mark.parametrize(("launch", "overrides"), [("slurm", []), ("recipe", ["lora.init=pissa"])])
+@pytest.mark.parametrize(
+    ("launch", "overrides"), [("slurm", []), ("recipe", ["lora.init=pissa", "lora.train_tokens=['<|im_start|>']"])]
+)
 def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, launch, overrides):
     """Same rows per step on 1 and 2 processes, in fp32: the adapters agree. Only one process writes."""
     sections = {
