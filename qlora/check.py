@@ -34,6 +34,7 @@ from qlora.models.patches import parse_gguf_once
 from qlora.models.preview import Preview, preview_base
 from qlora.models.resources import Machine, Rows, StageEstimate, Workload, machine_of
 from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, read_config, skeleton
+from qlora.models.tokens import TrainedTokens, add_tokens
 from qlora.quantization.external import check_options
 from qlora.quantization.preview import (
     CalibrationPart,
@@ -130,8 +131,8 @@ def check(recipe: Recipe) -> CheckReport:
     base = attempt(preview_base, recipe.model.base, recipe.model.revision)
     base = as_converted(base) if base else None
     with parse_gguf_once() if base and base.gguf_file else nullcontext():
-        shapes, adapter = _look_at_model(recipe, base, report, attempt) if base else (None, None)
-        tokenizer = attempt(_tokenizer, base, recipe) if base else None
+        tokenizer, tokens = (attempt(_tokenizer, base, recipe) if base else None) or (None, None)
+        shapes, adapter = _look_at_model(recipe, base, tokens, report, attempt) if base else (None, None)
     train, evaluation = _look_at_data(recipe, tokenizer, report, attempt)
     problems += _missing_packages(recipe)
     report.warnings += _notes(recipe)
@@ -196,7 +197,7 @@ class _Attempts:
 
 
 def _look_at_model(
-    recipe: Recipe, base: Preview, report: CheckReport, attempt: _Attempts
+    recipe: Recipe, base: Preview, tokens: TrainedTokens | None, report: CheckReport, attempt: _Attempts
 ) -> tuple[ModelShapes | None, AdapterShapes | None]:
     trust = recipe.model.trust_remote_code
     config = attempt(read_config, base.directory, trust_remote_code=trust, gguf_file=base.gguf_file)
@@ -206,7 +207,7 @@ def _look_at_model(
         return None, None
     attempt(_look_at_quantization, recipe, shapes, model.config.model_type, report, attempt)
     architecture = type(model).__name__
-    adapter = attempt(_adapter, model, recipe)
+    adapter = attempt(_adapter, model, recipe, tokens)
     report.warnings += [*packed_notes(base, recipe.model, shapes), *mixture_notes(model, recipe, shapes)]
     report.base = BaseFacts(
         base.id,
@@ -226,9 +227,9 @@ def _shapes(model: Any, recipe: Recipe, base: Preview) -> ModelShapes:
     return training_shapes(model, recipe.model, base.directory)
 
 
-def _adapter(model: Any, recipe: Recipe) -> AdapterShapes:
+def _adapter(model: Any, recipe: Recipe, tokens: TrainedTokens | None) -> AdapterShapes:
     combined = recipe.lora.combine
-    return AdapterShapes(combined_parameters(combined)) if combined else adapter_shapes(model, recipe.lora)
+    return AdapterShapes(combined_parameters(combined)) if combined else adapter_shapes(model, recipe.lora, tokens)
 
 
 def _look_at_quantization(
@@ -251,13 +252,15 @@ def _look_at_quantization(
             report.warnings.append(Problem(what, "quantize.engine"))
 
 
-def _tokenizer(base: Preview, recipe: Recipe) -> Any:
+def _tokenizer(base: Preview, recipe: Recipe) -> tuple[Any, TrainedTokens | None]:
     from transformers import AutoTokenizer
 
     try:
         if base.gguf_file:
-            return AutoTokenizer.from_pretrained(base.directory, gguf_file=base.gguf_file)
-        return load_tokenizer(base.directory, recipe.model.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(base.directory, gguf_file=base.gguf_file)
+        else:
+            tokenizer = load_tokenizer(base.directory, recipe.model.trust_remote_code)
+        return tokenizer, add_tokens(tokenizer, recipe.lora)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"the tokenizer cannot be read: {str(error).splitlines()[0]}", str(base.directory), "check model.base"

@@ -55,10 +55,13 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer with the chat template that the rows are rendered with."""
+        """The base's tokenizer with new tokens and the chat template that the rows are rendered with."""
         from qlora.models.loading import load_tokenizer
+        from qlora.models.tokens import add_tokens
 
-        return load_tokenizer(self.base.directory, self.recipe.model.trust_remote_code)
+        tokenizer = load_tokenizer(self.base.directory, self.recipe.model.trust_remote_code)
+        add_tokens(tokenizer, self.recipe.lora)
+        return tokenizer
 
     @cached_property
     def train_rows(self) -> Any:
@@ -341,10 +344,13 @@ def _memory_for_models(run: Run, rows: Sequence[Any]) -> int | None:
 def _rungs(run: Run, rows: Sequence[Any]) -> list[Any]:
     from qlora.evaluation.ladder import BASE, START, TRAINED, Rung
     from qlora.models.loading import DTYPES, load_base, load_for_training, load_gptq, load_plain, load_trained
+    from qlora.models.tokens import trained_tokens
 
     model, device = run.recipe.model, run.device_of("evaluate")
     dtype, most = DTYPES[model.dtype], _memory_for_models(run, rows)
-    load = partial(load_for_training, run.base, model, device)
+    tokens = trained_tokens(run.recipe.lora, run.base.directory, model.trust_remote_code)
+    load = partial(load_for_training, run.base, model, device, tokens=tokens)
+    plain = partial(load_base, run.base.directory, model, device, quantized=False, tokens=tokens, most=most)
     packed = run.base.dequantized_from or ""
     kind = (packed if model.quantization == "checkpoint" else model.quantization).upper()
     options: dict[str, Any] = {
@@ -357,10 +363,14 @@ def _rungs(run: Run, rows: Sequence[Any]) -> list[Any]:
         Rung(
             BASE,
             f"base, {packed.upper()}" if packed in ("gptq", "awq") else "base, 16 bits",
-            lambda: load_base(run.base.directory, model, device, quantized=False, most=most).eval(),
+            lambda: plain().eval(),
         ),
         Rung(START, f"base, {kind}", lambda: load().eval()),
-        Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(), run.dirs.adapter)),
+        Rung(
+            TRAINED,
+            f"trained, {kind} + LoRA",
+            lambda: load_trained(load(), run.dirs.adapter, run.base.directory),
+        ),
         Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),
         Rung(
             "gptq",

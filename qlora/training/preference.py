@@ -22,12 +22,13 @@ from transformers import PrinterCallback
 from qlora.artifacts import read_json
 from qlora.data.rendering import RenderedRow
 from qlora.measure import free_for_training
-from qlora.models.adapter_beginning import begin
+from qlora.models.adapter_beginning import begin, take_parts
 from qlora.models.base import Base
 from qlora.models.held import training_shapes
 from qlora.models.loading import DTYPES, attach_adapter, load_for_training
 from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, skeleton
+from qlora.models.tokens import trained_tokens
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.fused import fuse
@@ -57,7 +58,9 @@ def build_trainer(
     train = recipe.train
     config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
     sharding = shared_base(recipe, config)
-    model = attach_adapter(load_for_training(base, recipe.model, device, sharding), recipe.lora)
+    tokens = trained_tokens(recipe.lora, base.directory, recipe.model.trust_remote_code)
+    loaded = load_for_training(base, recipe.model, device, tokens=tokens, sharding=sharding)
+    model = attach_adapter(loaded, recipe.lora, tokens)
     plan = _plan(recipe, base, rows, model, config, device, checkpoints)
     largest = plan.memory.largest
     config.per_device_train_batch_size = plan.schedule.rows_per_step // config.world_size // plan.memory.forwards
@@ -66,7 +69,7 @@ def build_trainer(
     config.gradient_checkpointing_kwargs = {"use_reentrant": False}
     config.dataloader_drop_last = False
     log.info("training: %s", plan.text)
-    begin(model, recipe.lora, base.directory)
+    begin(model, recipe.lora, base.directory, take_parts(model, recipe.lora, base.directory, checkpoints))
     started = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     shuffled = list(rows)
     if train.method == "kto":  # TRL goes through them in order, and pairs each with its neighbour

@@ -14,18 +14,20 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft.utils import TrainableTokensWrapper
 from transformers import PrinterCallback
 from trl import SFTConfig
 
 from qlora.artifacts import read_json
 from qlora.data.rendering import RenderedRow
 from qlora.measure import free_for_training
-from qlora.models.adapter_beginning import begin
+from qlora.models.adapter_beginning import begin, take_parts
 from qlora.models.base import Base
 from qlora.models.held import training_shapes
 from qlora.models.loading import DTYPES, attach_adapter, load_for_training
 from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, skeleton
+from qlora.models.tokens import trained_tokens
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.fused import Fused, fuse, fuse_head
@@ -55,7 +57,10 @@ def build_trainer(
     """The 4-bit base with a fresh adapter, and the rows, in a trainer."""
     config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
     sharding = shared_base(recipe, config)
-    model = attach_adapter(load_for_training(base, recipe.model, device, sharding), recipe.lora)
+    tokens = trained_tokens(recipe.lora, base.directory, recipe.model.trust_remote_code)
+    loaded = load_for_training(base, recipe.model, device, tokens=tokens, sharding=sharding)
+    model = attach_adapter(loaded, recipe.lora, tokens)
+    parts = take_parts(model, recipe.lora, base.directory, checkpoints)
     fast = recipe.train.kernels == "auto"
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
@@ -105,7 +110,7 @@ def build_trainer(
     # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
     for parameter in trainable(trainer):
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
-    begin(model, recipe.lora, base.directory)
+    begin(model, recipe.lora, base.directory, parts)
     if sharding is not None:
         sharding.leave_out_of_ddp(model)
     return trainer
@@ -150,7 +155,8 @@ def _plan(
 def _can_be_recorded(model: Any, fused: Fused, config: SFTConfig) -> bool:
     """Whether nothing in passes is known that a CUDA graph cannot hold."""
     drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
-    return config.world_size == 1 and not fused.plain and not drops
+    rows = any(isinstance(module, TrainableTokensWrapper) for module in model.modules())  # no GPU has shown it yet
+    return config.world_size == 1 and not fused.plain and not drops and not rows
 
 
 def _dataset(rows: Sequence[RenderedRow]) -> Dataset:

@@ -71,6 +71,17 @@ def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, tmp_pa
     assert metrics["resumed_from"] == "checkpoint-2"
 
 
+def test_what_pissa_takes_from_the_weights_is_the_same_on_all_processes(tiny_recipe, tmp_path):
+    path = tiny_recipe(
+        model={"compute_dtype": "float32"},
+        lora={"init": "pissa", "train_tokens": ["<|im_start|>"]},
+        train={"max_steps": STEPS, "micro_batch_tokens": 64, "learning_rate": 1e-3},
+    )
+    Pipeline(load_recipe(path, (f"output_dir={tmp_path / 'alone'}",))).run_stage("train")
+    launch([sys.executable, "-m", "qlora", "train", str(path), "train.processes=2"], tmp_path / "two")
+    same_training(tmp_path / "alone", tmp_path / "two", processes=2)
+
+
 def launch(command: list[str], output_dir: Path, environment: dict[str, str] | None = None) -> None:
     variables = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
