@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from qlora.data.formats import read_examples
+from qlora.data.index import read_index
 from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.methods import unfit_rows
-from qlora.data.preparation import PreparedData, render_examples
-from qlora.data.rendering import RenderedRow
-from qlora.data.sources import SHOWN
+from qlora.data.preparation import PreparedData, render_rows
 from qlora.data.splits import read_splits
+from qlora.data.store import Rows as RenderedRows
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
 from qlora.merging.combination import combined_parameters
@@ -136,12 +135,12 @@ def check(recipe: Recipe) -> CheckReport:
         problem
         for split in (train, evaluation)
         if split is not None
-        for problem in unfit_rows(recipe.train.method, split)[:SHOWN]
+        for problem in unfit_rows(recipe.train.method, split).problems
     ]
     if unfit:
         report.problems += unfit
         return report
-    lengths = [row.tokens for row in train.rows]
+    lengths = train.rows.lengths if recipe.train.method == "sft" else train.rows.tokens
     attempt(rows_per_step, recipe, lengths, recipe.train.processes)
     attempt(training_arguments, recipe, device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
     plan = None
@@ -153,7 +152,7 @@ def check(recipe: Recipe) -> CheckReport:
         else:
             longest, fewest = longest_of(train.rows), fewest_rows(recipe.train.method)
             plan = attempt(plan_batches, recipe, lengths, longest, *asked, fewest=fewest)
-    held_out = evaluation.rows if evaluation else ()
+    held_out = evaluation.rows if evaluation else None
     assert tokenizer is not None, "rows were rendered with it"
     calibration = attempt(preview_calibration, recipe, train.rows, tokenizer, held_out)
     if calibration is not None:
@@ -162,7 +161,7 @@ def check(recipe: Recipe) -> CheckReport:
             report.warnings += attempt(starved_linears, recipe, shapes, calibration.rows) or []
     if plan is None or calibration is None or shapes is None or adapter is None:
         return report
-    work, report.steps = _workload(recipe, plan, train.rows, calibration, evaluation)
+    work, report.steps = _workload(recipe, plan, lengths, calibration, evaluation)
     report.rows_per_step = plan.schedule.rows_per_step
     report.training = plan.text
     report.stages = attempt(estimate_stages, recipe, shapes, adapter, work, report.machine) or []
@@ -263,17 +262,17 @@ def _look_at_data(
     data = recipe.data
     if tokenizer is None:  # rows that cannot be rendered can still be read
         for source in [*data.train, *([data.eval] if data.eval else [])]:
-            attempt(read_examples, source)
+            attempt(read_index, source)
         return None, None
-    if data.eval is not None and attempt(read_examples, data.eval) is None:
+    if data.eval is not None and attempt(read_index, data.eval) is None:
         data = data.model_copy(update={"eval": None, "eval_share": 0.0})  # the training rows are looked at all the same
     splits = attempt(read_splits, data)
     if splits is None:
         return None, None
-    train = attempt(render_examples, splits.train, tokenizer, data, split_name="train")
+    train = attempt(render_rows, splits.train, tokenizer, data, split_name="train")
     evaluation = None
     if splits.evaluation is not None:
-        evaluation = attempt(render_examples, splits.evaluation, tokenizer, data, split_name="eval")
+        evaluation = attempt(render_rows, splits.evaluation, tokenizer, data, split_name="eval")
     if splits.removed:
         what = f"{splits.removed} training rows are rows of data.eval too, and are not trained on"
         report.warnings.append(Problem(what, "data.train"))
@@ -295,15 +294,14 @@ def _look_at_data(
 def _workload(
     recipe: Recipe,
     plan: TrainingPlan,
-    train: Sequence[RenderedRow],
+    lengths: Sequence[int],
     calibration: CalibrationPreview,
     evaluation: PreparedData | None,
 ) -> tuple[Workload, int]:
     """Tokens per stage, and the number of optimizer steps."""
-    lengths = [row.tokens for row in train]
     per_epoch = plan.schedule.steps_per_epoch
     count = recipe.train.max_steps or max(1, math.ceil(per_epoch * recipe.train.epochs))
-    held_out = evaluation.rows[: recipe.evaluate.rows] if evaluation else []
+    held_out = evaluation.rows[: recipe.evaluate.rows] if evaluation else RenderedRows.of([])
     work = Workload(
         train_tokens=round(PASSES[recipe.train.method] * count * sum(lengths) / per_epoch),
         train_sequence=sum(length**2 for length in lengths) / sum(lengths),

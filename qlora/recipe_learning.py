@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -42,6 +43,8 @@ class Source(Section):
     """Split of a hub data set."""
     revision: str | None = None
     """Revision of a hub data set."""
+    stream: bool = False
+    """Read a hub data set over the network, twice, instead of downloading it. Needs a commit as `revision`."""
     format: Literal[
         "auto", "messages", "conversations", "prompt_completion", "instruction", "text", "preference", "kto"
     ] = "auto"
@@ -52,6 +55,12 @@ class Source(Section):
     """Use only the first rows."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """How often each row comes in an epoch: 2 twice, 0.25 a quarter of the rows, always the same ones."""
+
+    @model_validator(mode="after")
+    def _streams_of_a_commit(self) -> Source:
+        if self.stream and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            raise ValueError("stream reads rows more than once: set revision to a commit, so that they are the same")
+        return self
 
 
 class Data(Section):

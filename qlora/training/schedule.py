@@ -45,9 +45,9 @@ class Schedule:
         The last step has what rows are left, in fewer forwards if need be; some of them may be empty.
         """
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order = torch.randperm(len(self.lengths), generator=generator)
         for start in range(0, len(order), self.rows_per_step):
-            rows = order[start : start + self.rows_per_step]
+            rows = order[start : start + self.rows_per_step].tolist()
             forwards = min(self.forwards, -(-len(rows) // self.processes))
             yield self.divided(rows, forwards * self.processes)
 

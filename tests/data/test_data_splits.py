@@ -4,6 +4,7 @@ import random
 
 import pytest
 
+from qlora.data.formats import Examples
 from qlora.data.splits import MOST_HELD_OUT, read_splits
 from qlora.recipe import Data
 
@@ -25,9 +26,13 @@ def splits(jsonl_source):
             )
         )
         return found, *(
-            [tuple(message["content"] for message in example.messages) for example, _ in split or []]
+            [row for source, numbers in split.parts for row in contents(source, numbers)] if split else []
             for split in (found.train, found.evaluation)
         )
+
+    def contents(source, numbers):
+        every = [tuple(message["content"] for message in read.example.messages) for read in Examples(source)]
+        return [every[number] for number in numbers]
 
     return read
 
