@@ -80,6 +80,8 @@ class Data(Section):
     """Cut rows that are too long on the right, or leave them out. Either is counted and reported."""
     chat_template: str | None = None
     """A named template (chatml, llama-3, …) or a .jinja file. Default: the tokenizer's own."""
+    template_options: dict[str, bool | int | float | str] = {}
+    """What else the template is given, as a server will: `{enable_thinking: false}` of Qwen3."""
 
 
 class Weighted(Section):

@@ -17,13 +17,13 @@ Preference columns are looked for last: what has `messages` too is read as conve
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from qlora.data.sources import RawRows, located, open_rows
+from qlora.data.tools import calls_of, described, tools_of
 from qlora.errors import Problem, UserError
 from qlora.recipe import Source
 
@@ -227,7 +227,7 @@ def _conversation(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """Messages of a ShareGPT row; a `system` column comes first."""
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"`conversations` must be a list of turns, not {_described(turns)}", where)
+        raise UserError(f"`conversations` must be a list of turns, not {described(turns)}", where)
     messages: list[Message] = []
     if row.get("system"):
         messages.append({"role": "system", "content": _text(row, "system", where)})
@@ -241,26 +241,9 @@ def _conversation(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
             )
         message: Message = {"role": _SPEAKERS[speaker], "content": turn["value"]}
         if speaker == "function_call":
-            message = {"role": "assistant", "content": "", "tool_calls": _calls(turn["value"], index, where)}
+            message = {"role": "assistant", "content": "", "tool_calls": turn["value"]}
         messages.append(message)
     return _messages(messages, "conversations", where)
-
-
-def _calls(text: str, index: int, where: str) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(text)
-    except json.JSONDecodeError:
-        calls = None
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise UserError(
-            f"the function call of turn {index} must be JSON with a `name` and `arguments`, not {_described(text)}",
-            where,
-        )
-    return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-        for call in calls
-    ]
 
 
 def _pair(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Pair:
@@ -286,14 +269,14 @@ def _pair(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Pair:
 def _judged(row: Mapping[str, Any], where: str) -> Judged:
     label = row["label"]
     if label not in (True, False):  # 0 and 1 too
-        raise UserError(f"column `label` must be true or false, not {_described(label)}", where)
+        raise UserError(f"column `label` must be true or false, not {described(label)}", where)
     return Judged(_prompt_completion(row, where), bool(label))
 
 
 def _prompt_completion(row: Mapping[str, Any], where: str, column: str = "completion") -> Chat | Completion:
     if not isinstance(row["prompt"], list):
         if not isinstance(row["completion"], str):
-            raise UserError(f"column `{column}` must hold text, not {_described(row['completion'])}", where)
+            raise UserError(f"column `{column}` must hold text, not {described(row['completion'])}", where)
         return Completion(_text(row, "prompt", where), row["completion"])
     if not isinstance(row["completion"], list) or len(row["completion"]) != 1:
         raise UserError(f"a `prompt` of messages needs a `{column}` that is a list of one assistant message", where)
@@ -311,13 +294,15 @@ def _instruction(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -
 
 def _messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise UserError(f"`{column}` must be a list of messages, not {_described(value)}", where)
+        raise UserError(f"`{column}` must be a list of messages, not {described(value)}", where)
     messages = []
     for index, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(f"message {index} of `{column}` must be an object with a `role` and a `content`", where)
         # Columnar files give every message every key; an absent one comes as None.
         message = {key: item for key, item in message.items() if item is not None}
+        if "tool_calls" in message:
+            message |= calls_of(message.pop("tool_calls"), f"message {index} of `{column}`", where)
         if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
             raise UserError(f"the `content` of message {index} ({message['role']}) must be text", where)
         messages.append(message)
@@ -335,30 +320,14 @@ def _messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
 
 
 def _tools(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():  # columnar files have no better place for definitions that differ
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"`tools` is not valid JSON: {error.msg}", where) from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise UserError(f"`tools` must be a list of tool definitions, not {_described(tools)}", where)
-    return tuple(dict(tool) for tool in tools)
+    return tools_of(row.get("tools"), where)
 
 
 def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise UserError(f"column `{column}` must hold text, not {_described(value)}", where)
+        raise UserError(f"column `{column}` must hold text, not {described(value)}", where)
     return value
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "nothing (null)"
-    return "an empty list" if value == [] else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _listed(columns: Any) -> str:

@@ -165,7 +165,7 @@ def _rendering_key(tokenizer: PreTrainedTokenizerBase, settings: Data) -> list[A
     template = settings.chat_template
     if template is not None and Path(template).is_file():
         template = Path(template).read_text(encoding="utf-8")
-    about = [settings.loss_on, settings.max_length, template, tokenizer.chat_template]
+    about = [settings.loss_on, settings.max_length, template, settings.template_options, tokenizer.chat_template]
     return [*about, str(tokenizer.special_tokens_map), tokenizer.backend_tokenizer.to_str()]
 
 
@@ -204,7 +204,8 @@ def _write(
     if fraction is not None:
         chosen[:] = False
         chosen[index.weighted(fraction)] = True
-    renderer, template, bad = Renderer(tokenizer, settings.loss_on, settings.max_length), None, BadRows()
+    renderer = Renderer(tokenizer, settings.loss_on, settings.max_length, options=settings.template_options)
+    template, bad = None, BadRows()
     tokens, texts, rows = ((folder / name).open("wb") for name, _ in FILES)
     with tokens, texts, rows:
         writer = Writer(tokens, texts, rows)

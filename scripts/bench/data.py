@@ -53,9 +53,7 @@ def generated(path: Path, rows: int) -> Path:
         with path.with_suffix(".partial").open("w") as stream:
             for number in range(rows):
                 item, other = ITEMS[number % 8], ITEMS[number // 8 % 8]
-                question = (
-                    f"Order {number}: {number % 97} {item} cost {number % 31} crowns each, {other} are twice that. "
-                )
+                question = f"Order {number}: {number % 97} {item} cost {number % 31} crowns each, {other} twice that. "
                 question += f"How much do {number % 13} {other} cost, and how many {item} are left of {number % 211}?"
                 answer = f"One of the {other} costs {number % 31 * 2} crowns, so {number % 13} of them cost "
                 answer += f"{number % 31 * 2 * (number % 13)} crowns; {number % 211 - number % 97} {item} are left."
