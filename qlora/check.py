@@ -93,6 +93,8 @@ class CheckReport:
     calibration: list[CalibrationPart] = field(default_factory=list)
     steps: int | None = None
     rows_per_step: int | None = None
+    seen_tokens: int | None = None
+    """Of all steps together, whatever a method computes with them."""
     training: str | None = None
     """How a step is divided, and what is computed again."""
     stages: list[StageEstimate] = field(default_factory=list)
@@ -115,8 +117,8 @@ class CheckReport:
             raise WillNotFit(self.shortfalls)
 
 
-def check(recipe: Recipe) -> CheckReport:
-    """Look at everything the recipe names. Problems are collected in the report, not raised."""
+def check(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> CheckReport:
+    """Look at everything the recipe names. Problems are collected in the report, not raised. progress: of rows."""
     problems: list[Problem] = []
     attempt = _Attempts(problems)
     device = attempt(pick_device, recipe.device) or "cpu"
@@ -126,7 +128,7 @@ def check(recipe: Recipe) -> CheckReport:
     with parse_gguf_once() if base and base.gguf_file else nullcontext():
         shapes, adapter = _look_at_model(recipe, base, report, attempt) if base else (None, None)
         tokenizer = attempt(_tokenizer, base, recipe) if base else None
-    train, evaluation = _look_at_data(recipe, tokenizer, report, attempt)
+    train, evaluation = _look_at_data(recipe, tokenizer, report, attempt, progress)
     problems += _missing_packages(recipe)
     report.warnings += _notes(recipe)
     if train is None or not train.rows:
@@ -163,10 +165,15 @@ def check(recipe: Recipe) -> CheckReport:
         return report
     work, report.steps = _workload(recipe, plan, lengths, calibration, evaluation)
     report.rows_per_step = plan.schedule.rows_per_step
+    report.seen_tokens = round(work.train_tokens / PASSES[recipe.train.method])
     report.training = plan.text
     report.stages = attempt(estimate_stages, recipe, shapes, adapter, work, report.machine) or []
     if recipe.lora.combine:
-        report.steps, report.training = 0, f"no training: the sum of {len(recipe.lora.combine)} adapters"
+        report.steps, report.seen_tokens, report.training = (
+            0,
+            None,
+            f"no training: the sum of {len(recipe.lora.combine)} adapters",
+        )
         report.stages = [stage for stage in report.stages if stage.stage != "train"]
     report.shortfalls = _shortfalls(report)
     return report
@@ -257,22 +264,26 @@ def _tokenizer(base: Preview, recipe: Recipe) -> Any:
 
 
 def _look_at_data(
-    recipe: Recipe, tokenizer: Any, report: CheckReport, attempt: _Attempts
+    recipe: Recipe,
+    tokenizer: Any,
+    report: CheckReport,
+    attempt: _Attempts,
+    progress: Callable[[int, int], None] | None,
 ) -> tuple[PreparedData | None, PreparedData | None]:
     data = recipe.data
     if tokenizer is None:  # rows that cannot be rendered can still be read
         for source in [*data.train, *([data.eval] if data.eval else [])]:
-            attempt(read_index, source)
+            attempt(read_index, source, progress)
         return None, None
-    if data.eval is not None and attempt(read_index, data.eval) is None:
+    if data.eval is not None and attempt(read_index, data.eval, progress) is None:
         data = data.model_copy(update={"eval": None, "eval_share": 0.0})  # the training rows are looked at all the same
-    splits = attempt(read_splits, data)
+    splits = attempt(read_splits, data, progress)
     if splits is None:
         return None, None
-    train = attempt(render_rows, splits.train, tokenizer, data, split_name="train")
+    train = attempt(render_rows, splits.train, tokenizer, data, split_name="train", progress=progress)
     evaluation = None
     if splits.evaluation is not None:
-        evaluation = attempt(render_rows, splits.evaluation, tokenizer, data, split_name="eval")
+        evaluation = attempt(render_rows, splits.evaluation, tokenizer, data, split_name="eval", progress=progress)
     if splits.removed:
         what = f"{splits.removed} training rows are rows of data.eval too, and are not trained on"
         report.warnings.append(Problem(what, "data.train"))
@@ -308,9 +319,9 @@ def _workload(
         largest_pass=plan.memory.largest,
         calibration=Rows.of(row.input_ids for row in calibration.rows),
         refinement=Rows.of(row.input_ids for row in calibration.refinement) if calibration.refinement else None,
-        evaluation=Rows.of(row.input_ids for row in held_out),
-        eval_answer_tokens=sum(row.supervised_tokens for row in held_out),
-        eval_longest_answer=max((row.supervised_tokens for row in held_out), default=0),
+        evaluation=Rows(sum(held_out.lengths), max(held_out.lengths, default=0)),
+        eval_answer_tokens=int(held_out.column("supervised").sum()),
+        eval_longest_answer=int(held_out.column("supervised").max(initial=0)),
     )
     return work, count
 

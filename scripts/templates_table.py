@@ -34,7 +34,7 @@ HEAD = """# Chat templates
 What was seen of every template that `data.chat_template` names; `python scripts/templates_table.py` writes this file,
 and the test suite compares it. *exact*: tokens that carry loss are the answers and their ends of turn, each behind the
 very tokens that a server would send, and nothing else. A template that knows no tools refuses them. Thoughts are what
-stands in `<think>`: all templates learn them as part of an answer, and Qwen3's leaves those of earlier answers out again.
+stands in `<think>`: all templates learn them as part of an answer, and Qwen3's leaves those of earlier answers out.
 """
 
 

@@ -100,6 +100,7 @@ def test_a_good_recipe_is_described_without_reading_its_weights(make, tmp_path: 
     assert report.base.adapter_parameters == 16 * 2 * sum((128, 96, 96, 128, 256, 256, 256))
     assert [(split.name, split.rows) for split in report.splits] == [("train", 12), ("eval", 4)]
     assert (report.steps, report.rows_per_step) == (6, 4)
+    assert report.seen_tokens == 2 * report.splits[0].tokens, "two epochs of three steps each"
     assert [stage.stage for stage in report.stages] == ["train", "merge", "quantize", "evaluate"]
     assert all(stage.host > 0 and stage.disk > 0 and stage.seconds for stage in report.stages)
     learned = ["".join(segment.text for segment in row if segment.supervised) for _, row in report.examples]
@@ -114,6 +115,7 @@ def test_a_good_recipe_is_described_without_reading_its_weights(make, tmp_path: 
         "⟦It is 0.<|im_end|>⟧",
         "quantize",
         "vLLM",
+        f"Training sees {report.seen_tokens:,} tokens in all and learns from about",
         "Estimates, not measurements",
         "Nothing stands in the way",
     ):

@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from qlora.data.index import read_index
 from qlora.data.sources import BadRows, is_local, load_texts, located, open_rows, source_digest
 from qlora.errors import Problem, UserError
 
@@ -175,3 +176,48 @@ def test_a_data_set_saved_to_disk(tmp_path, make_source):
         read_all(make_source(tmp_path / "both", split="dev"))
     same = source_digest(make_source(tmp_path / "both")), source_digest(make_source(tmp_path / "both", split="test"))
     assert same[0] != same[1] and source_digest(make_source(tmp_path / "both")) == same[0]
+
+
+@pytest.fixture
+def hub_layout(tmp_path, monkeypatch):
+    """A data set as a repository of the hub has it, with two configurations, where `load_dataset` finds it offline."""
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    for name in ("main-train", "main-test", "other-train"):
+        rows = [{"question": f"{name} {number}", "answer": "a"} for number in range(6)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = {"main": ("train", "test"), "other": ("train",)}
+    configs = "".join(
+        f"- config_name: {config}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {config}-{split}.jsonl\n" for split in splits)
+        for config, splits in parts.items()
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    return "owner/name"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_configurations_and_splits_of_the_hub_downloaded_or_streamed(hub_layout, make_source, stream):
+    def questions(**fields):
+        source = make_source(hub_layout, revision="a" * 40, stream=stream, **fields)
+        assert [row.place for row in open_rows(source)] == list(range(len(rows_of(source))))
+        assert len(read_index(source)) == len(rows_of(source))
+        return [row["question"] for row in rows_of(source)]
+
+    assert questions(config="main") == [f"main-train {number}" for number in range(6)]
+    assert questions(config="main", split="test", max_rows=2) == ["main-test 0", "main-test 1"]
+    assert questions(config="other")[0] == "other-train 0"
+    with pytest.raises(UserError, match=r"hub data set owner/name \(none\) \[train\]: cannot be read from the hub"):
+        questions(config="none")
+
+
+def test_what_cannot_be_streamed(files, make_source):
+    with pytest.raises(ValueError, match="set revision to a commit"):
+        make_source("owner/name", stream=True)
+    with pytest.raises(ValueError, match="set revision to a commit"):
+        make_source("owner/name", stream=True, revision="main")
+    with pytest.raises(UserError, match="local rows are always read as they are needed"):
+        open_rows(make_source(files / "rows.jsonl", stream=True, revision="a" * 40))
