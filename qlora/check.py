@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from qlora.data.index import read_index
+from qlora.data.index import ProgressCallback, read_index
 from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.methods import unfit_rows
 from qlora.data.preparation import PreparedData, render_rows
@@ -117,7 +117,7 @@ class CheckReport:
             raise WillNotFit(self.shortfalls)
 
 
-def check(recipe: Recipe, progress: Callable[[int, int], None] | None = None) -> CheckReport:
+def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckReport:
     """Look at everything the recipe names. Problems are collected in the report, not raised. progress: of rows."""
     problems: list[Problem] = []
     attempt = _Attempts(problems)
@@ -264,11 +264,7 @@ def _tokenizer(base: Preview, recipe: Recipe) -> Any:
 
 
 def _look_at_data(
-    recipe: Recipe,
-    tokenizer: Any,
-    report: CheckReport,
-    attempt: _Attempts,
-    progress: Callable[[int, int], None] | None,
+    recipe: Recipe, tokenizer: Any, report: CheckReport, attempt: _Attempts, progress: ProgressCallback | None
 ) -> tuple[PreparedData | None, PreparedData | None]:
     data = recipe.data
     if tokenizer is None:  # rows that cannot be rendered can still be read

@@ -187,6 +187,24 @@ def test_rows_that_teach_nothing_are_problems(make) -> None:
     assert any("no token carries loss" in problem.what for problem in problems)
 
 
+def test_tools_that_a_template_leaves_out_are_problems_and_one_that_knows_them_shows_them(make, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    messages = [
+        {"role": "user", "content": "What is 2 and 0?"},
+        {"role": "assistant", "content": "I add.", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    path = tmp_path / "tools.jsonl"
+    path.write_text(json.dumps({"messages": messages, "tools": [{"name": "add"}]}) + "\n")
+    data = {"train": [{"path": str(path), "weight": 4}], "loss_on": "assistant"}
+    (problem,) = check(make(data=data)).problems
+    assert "the chat template leaves the tools out" in problem.what and problem.where == f"{path}:1"
+    report = check(make(data=data | {"chat_template": "qwen-3", "max_length": 4096}))
+    assert report.problems == [] and report.splits[0].rows == 8, "a row for every answer, each behind its own prompt"
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>' in printed(report)
+
+
 def test_a_merge_without_weights_needs_no_disk(make) -> None:
     written, direct = (
         {stage.stage: stage for stage in check(make(merge={"write": write})).stages} for write in (True, False)

@@ -71,7 +71,11 @@ def _made(partial: Path, write: Callable[[Path], None], read: Callable[[Path], T
         write(partial)
         if folder is None:
             return read(partial)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another machine may have been first, where files have no locks
+                raise
         _remove_old(folder.parent)
         return read(folder)
     except OSError as error:
@@ -94,7 +98,10 @@ def _can_write(folder: Path) -> bool:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     with (folder / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            log.info("what is made of data may be made several times at once: %s", error)
         yield
 
 
