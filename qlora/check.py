@@ -26,11 +26,13 @@ from qlora.evaluation.contract import EngineVerdict, engine_support
 from qlora.merging.combination import combined_parameters
 from qlora.models.base import as_converted
 from qlora.models.estimates import estimate_stages
+from qlora.models.held import mixture_notes, training_shapes
 from qlora.models.loading import load_tokenizer, pick_device
+from qlora.models.packed_base import packed_notes, require_packed
 from qlora.models.patches import parse_gguf_once
 from qlora.models.preview import Preview, preview_base
 from qlora.models.resources import Machine, Rows, StageEstimate, Workload, machine_of
-from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, model_shapes, read_config, skeleton
+from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, read_config, skeleton
 from qlora.quantization.external import check_options
 from qlora.quantization.preview import (
     CalibrationPart,
@@ -42,6 +44,7 @@ from qlora.quantization.preview import (
 from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
 from qlora.training.arguments import training_arguments
+from qlora.training.launch import require_processes
 from qlora.training.plan import TrainingPlan, plan_batches, plan_training, rows_per_step
 from qlora.training.preference import PASSES, fewest_rows, longest_of
 
@@ -49,7 +52,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ADVICE = {
-    "train": "lower train.micro_batch_tokens or data.max_length, keep train.gradient_checkpointing, or free memory",
+    "train": "lower train.micro_batch_tokens or data.max_length, keep train.gradient_checkpointing, share the base "
+    "among several GPUs with train.shard, or free memory",
     "merge": "free memory, or set device: cpu for this stage",
     "quantize": "lower quantize.calibration.max_length or samples, or free memory",
     "refine": "lower quantize.refine.tokens_per_step, set quantize.refine: null, or free memory",
@@ -67,6 +71,7 @@ class BaseFacts:
     weight_bytes: int | None
     parameters: int
     quantized_parameters: int
+    quantization: str
     adapter_parameters: int | None
 
 
@@ -144,6 +149,7 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
         return report
     lengths = train.rows.lengths if recipe.train.method == "sft" else train.rows.tokens
     attempt(rows_per_step, recipe, lengths, recipe.train.processes)
+    attempt(require_processes, recipe, recipe.train.processes)
     attempt(training_arguments, recipe, device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
     plan = None
     if shapes is not None and adapter is not None:
@@ -175,7 +181,7 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
             f"no training: the sum of {len(recipe.lora.combine)} adapters",
         )
         report.stages = [stage for stage in report.stages if stage.stage != "train"]
-    report.shortfalls = _shortfalls(report)
+    report.shortfalls, report.warnings = _shortfalls(report), report.warnings + _slowed(report)
     return report
 
 
@@ -200,19 +206,13 @@ def _look_at_model(
     trust = recipe.model.trust_remote_code
     config = attempt(read_config, base.directory, trust_remote_code=trust, gguf_file=base.gguf_file)
     model = attempt(skeleton, config, trust_remote_code=trust) if config is not None else None
-    shapes = attempt(model_shapes, model) if model is not None else None
+    shapes = attempt(_shapes, model, recipe, base) if model is not None else None
     if shapes is None or model is None:
         return None, None
     attempt(_look_at_quantization, recipe, shapes, model.config.model_type, report, attempt)
     architecture = type(model).__name__
     adapter = attempt(_adapter, model, recipe)
-    if base.quantized:
-        held = "16 bits" if recipe.model.quantization == "none" else recipe.model.quantization
-        what = (
-            f"{base.id} is a {base.quantized.upper()} checkpoint: its weights are dequantized to bf16 once, into the "
-            f"cache ({2 * shapes.total / 2**30:.1f} GiB), and held in {held} for training"
-        )
-        report.warnings.append(Problem(what, "model.base"))
+    report.warnings += [*packed_notes(base, recipe.model, shapes), *mixture_notes(model, recipe, shapes)]
     report.base = BaseFacts(
         base.id,
         base.revision,
@@ -220,9 +220,15 @@ def _look_at_model(
         base.weight_bytes,
         shapes.total,
         shapes.quantized,
+        recipe.model.quantization,
         adapter.trainable if adapter else None,
     )
     return shapes, adapter
+
+
+def _shapes(model: Any, recipe: Recipe, base: Preview) -> ModelShapes:
+    require_packed(base.id, base.quantized, recipe.model)
+    return training_shapes(model, recipe.model, base.directory)
 
 
 def _adapter(model: Any, recipe: Recipe) -> AdapterShapes:
@@ -368,13 +374,30 @@ def _free(recipe: Recipe, device: str) -> Free:
     )
 
 
+def _moved(stage: StageEstimate, free: Free) -> int:
+    """Bytes of a stage that will be in host memory, since the GPU is too small."""
+    return 0 if free.device is None else min(stage.movable, max(0, stage.device - free.device))
+
+
+def _slowed(report: CheckReport) -> list[Problem]:
+    return [
+        Problem(
+            f"{gib(moved)} of the models in 16 bits will wait in host memory during {stage.stage}, which takes longer",
+            f"{stage.stage}.memory",
+        )
+        for stage in report.stages
+        if (moved := _moved(stage, report.free))
+    ]
+
+
 def _shortfalls(report: CheckReport) -> list[Problem]:
     problems = []
     free = report.free
     for stage in report.stages:
-        pools = [("host", stage.host, free.host)]
+        moved = _moved(stage, free)
+        pools = [("host", stage.host + moved, free.host)]
         if free.device is not None:
-            pools.append(("GPU", stage.device, free.device))
+            pools.append(("GPU", stage.device - moved, free.device))
         problems += [
             Problem(
                 f"{stage.stage} needs about {gib(need)} of {pool} memory, {gib(have)} are free", fix=ADVICE[stage.stage]

@@ -117,24 +117,24 @@ def list_recipes() -> None:
     """Names and purposes."""
     from qlora.paths import packaged_recipes
 
-    for path in sorted(packaged_recipes().glob("*.yaml")):
-        click.echo(f"{path.stem:20} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
+    for path in sorted(packaged_recipes().glob("*.yaml"), key=lambda path: path.stem):
+        click.echo(f"{path.stem:24} {path.read_text(encoding='utf-8').splitlines()[0].lstrip('# ')}")
 
 
 @recipes.command("show")
 @click.argument("name")
 def show_recipe(name: str) -> None:
-    """Print one."""
+    """Print one, with what it extends."""
     from qlora.recipe_file import find_recipe
 
-    click.echo(find_recipe(name).read_text(encoding="utf-8"), nl=False)
+    click.echo(_recipe_text(find_recipe(name)), nl=False)
 
 
 @recipes.command("copy")
 @click.argument("name")
 @click.argument("target", type=click.Path(path_type=Path), required=False)
 def copy_recipe(name: str, target: Path | None) -> None:
-    """Copy one, with the data beside it, to edit: TARGET is a file (default: NAME.yaml here)."""
+    """Copy one as a single file, with the data beside it, to edit: TARGET is a file (default: NAME.yaml here)."""
     import shutil
 
     from qlora.errors import UserError
@@ -147,10 +147,19 @@ def copy_recipe(name: str, target: Path | None) -> None:
         if destination.exists():
             raise UserError("this exists already", str(destination), "name another target")
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy(source, target)
+    target.write_text(_recipe_text(source), encoding="utf-8")
     if folder.is_dir():
         shutil.copytree(folder, target.parent / folder.name)
     click.echo(f"{target}: edit it, then `qlora check {target}` and `qlora run {target}`")
+
+
+def _recipe_text(path: Path) -> str:
+    """A recipe that ships with qlora in one piece; anyone else's as it is."""
+    from qlora.paths import packaged_recipes
+    from qlora.recipe_text import flattened
+
+    ours = path.parent == packaged_recipes()
+    return flattened(path) if ours else path.read_text(encoding="utf-8")
 
 
 @recipes.command("schema")

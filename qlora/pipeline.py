@@ -32,7 +32,7 @@ from qlora.artifacts import (
 )
 from qlora.errors import GateFailed, Problem, QloraError, UserError
 from qlora.measure import Measured, measured
-from qlora.paths import RunDir
+from qlora.paths import RunDir, packaged_recipes
 from qlora.recipe import Recipe
 from qlora.recipe_file import dump_recipe
 from qlora.reporting.console import StageProgress, console, duration, is_main_process, log_to
@@ -72,9 +72,16 @@ STAGES = {
             stages.train,
             needs=(),
             sections=("model", "data", "lora", "train", "seed"),
-            without=("model.base", "data.eval", "train.processes", "train.log_every", "train.checkpoint_every"),
+            without=(
+                "model.base",
+                "data.eval",
+                "train.processes",
+                "train.shard",
+                "train.log_every",
+                "train.checkpoint_every",
+            ),
         ),
-        Stage("merge", "merged", stages.merge, needs=("train",), sections=("merge",)),
+        Stage("merge", "merged", stages.merge, needs=("train",), sections=("merge",), without=("merge.device",)),
         Stage(
             "quantize",
             "gptq",
@@ -82,7 +89,7 @@ STAGES = {
             # Without merged weights on disk it computes them from the adapter, as the merge section says.
             needs=("train", "merge"),
             sections=("merge", "quantize", "data", "seed"),
-            without=("merge.max_shard_gb",),
+            without=("merge.max_shard_gb", "merge.device", "quantize.device"),
             resumable=True,
         ),
         Stage(
@@ -91,7 +98,7 @@ STAGES = {
             stages.evaluate,
             needs=("train", "merge", "quantize"),
             sections=("evaluate", "data"),
-            without=("data.train", "evaluate.batch_size", "evaluate.gates"),
+            without=("data.train", "evaluate.batch_size", "evaluate.device", "evaluate.memory", "evaluate.gates"),
         ),
     )
 }
@@ -215,7 +222,7 @@ class Pipeline:
             self.lineage.record(stage.name, entry)
             self.out.print(f"  {stage.name:10} …")
             # Another device computes other bytes: one artefact is made on one.
-            resume_key = f"{entry['fingerprint']} {self.state.device}" if stage.resumable else None
+            resume_key = f"{entry['fingerprint']} {self.state.device_of(stage.name)}" if stage.resumable else None
             with atomic_directory(target, resume_key) as partial:
                 metrics = stage.run(self.state, entry["fingerprint"], partial, progress.update)
         metrics |= {"seconds": cost.seconds, "host_peak_gib": cost.host_peak_gib, "gpu_peak_gib": cost.gpu_peak_gib}
@@ -225,15 +232,15 @@ class Pipeline:
         self.out.print(f"  {stage.name:10} {_cost(cost)} · {summary(stage.name, metrics)}")
 
     def _launch_training(self, processes: int) -> None:
-        """Train in several processes, as `accelerate launch --num_processes N -m qlora train` would.
+        """Train in several processes: `accelerate launch` with recipes/accelerate/gpus.yaml.
 
         accelerate starts several processes only as "multi_gpu", on CPUs too: with --cpu it silently starts one.
         """
         if os.environ.get(LOCK_HELD):
             raise QloraError(f"the launcher started one process instead of {processes}", "train.processes")
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", str(processes)]
-        command += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-        command += ["--main_process_port", "0", "-m", "qlora", "train", str(self.dirs.recipe)]
+        configuration = packaged_recipes() / "accelerate" / "gpus.yaml"
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(configuration)]
+        command += ["--num_processes", str(processes), "-m", "qlora", "train", str(self.dirs.recipe)]
         threads = os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
         environment = os.environ | {"OMP_NUM_THREADS": threads, LOCK_HELD: "1"}
         if self.state.device == "cpu":

@@ -33,7 +33,8 @@ class Gates(Section):
     """Lowest share of comparisons that the better answer wins (needs rows of format preference or kto)."""
     merge_kl: Annotated[float, Field(gt=0)] | None = 0.01
     """Highest KL divergence from the trained to the merged model; more means the merge is not exact. Does not apply
-    where the merged model is not measured (merge.write: false) or not meant to be exact (merge.base: original)."""
+    where the merged model is not measured (merge.write: false) or differs by intent (merge.base: original, and
+    model.quantization: int8, which quantizes inputs on a GPU too)."""
 
 
 class Evaluate(Section):
@@ -45,6 +46,11 @@ class Evaluate(Section):
     """Also generate answers and count exact matches."""
     max_new_tokens: PositiveInt = 256
     """Longest generated answer."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where this stage computes; null: as `device` says."""
+    memory: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
+    """GiB that evaluation may take of each GPU; auto: what is free, but for a tenth. Models in 16 bits that are larger
+    lie on all GPUs that are visible and in host memory."""
     gates: Gates = Gates()
     """Thresholds; a run that misses one ends with exit code 3 and keeps its artefacts."""
 
@@ -101,21 +107,47 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _float8_is_of_the_fused_path(self) -> Recipe:
         if self.model.compute_dtype == "float8" and (
-            self.model.quantization == "none" or self.train.kernels == "plain"
+            self.model.quantization in ("none", "int8") or self.train.kernels == "plain"
         ):
             raise ValueError(
-                "model.compute_dtype: float8 is how the fused path multiplies with a 4-bit base: it needs "
-                "model.quantization: nf4 or fp4, and train.kernels: auto"
+                "model.compute_dtype: float8 is how the fused path multiplies with a base of 4-bit or packed codes: it "
+                "needs model.quantization: nf4, fp4 or checkpoint, and train.kernels: auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _dora_is_not_of_int8(self) -> Recipe:
+        if self.lora.dora and self.model.quantization == "int8":
+            raise ValueError(
+                "lora.dora: PEFT (0.21) loses the scales of 8-bit layers in DoRA's forward on a CPU; use "
+                "model.quantization: nf4, fp4, checkpoint or none"
             )
         return self
 
     @model_validator(mode="after")
     def _loftq_has_something_to_make_up_for(self) -> Recipe:
-        if self.lora.init == "loftq" and self.model.quantization == "none":
-            raise ValueError("lora.init: loftq makes up for quantization, and model.quantization is none")
+        if self.lora.init == "loftq" and self.model.quantization not in ("nf4", "fp4"):
+            raise ValueError(
+                f"lora.init: loftq makes up for quantization to 4 bits, and model.quantization is "
+                f"{self.model.quantization}"
+            )
         if self.lora.init == "loftq" and self.train.method in ("dpo", "kto"):
             raise ValueError(f"{self.train.method} compares with the base, which an adapter of loftq does not begin as")
         return self
+
+    @model_validator(mode="after")
+    def _shards_are_of_4_bits(self) -> Recipe:
+        if self.train.shard and self.model.quantization not in ("nf4", "fp4"):
+            held = self.model.quantization
+            raise ValueError(f"train.shard: processes share a base in nf4 or fp4, and model.quantization is {held}")
+        if self.train.shard and self.lora.dora:
+            raise ValueError("lora.dora begins with the norms of whole weights, which no process has with train.shard")
+        return self
+
+    @property
+    def merges_exactly(self) -> bool:
+        """Whether the merged model is there to be measured, and differs from the trained one by rounding alone."""
+        return self.merge.write and self.merge.base == "dequantized" and self.model.quantization != "int8"
 
     @property
     def run_dir(self) -> Path:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qlora.recipe_section import PositiveInt, Section, Share
-from qlora.refused_args import REFUSED_TRAIN_ARGS
+from qlora.refused_args import REFUSED_MODEL_KEYS, REFUSED_TRAIN_ARGS
 
 
 class Model(Section):
@@ -16,10 +16,16 @@ class Model(Section):
     """Hub id, local directory with safetensors, or a .gguf file (converted once to safetensors in the cache)."""
     revision: str | None = None
     """Branch, tag or commit of a hub id. The commit found is written into the adapter's base.json."""
-    quantization: Literal["nf4", "fp4", "none"] = "nf4"
-    """How the frozen base is held during training: bitsandbytes 4-bit, or `none` for 16-bit LoRA."""
+    quantization: Literal["nf4", "fp4", "int8", "checkpoint", "none"] = "nf4"
+    """How the frozen base is held during training: bitsandbytes 4-bit or LLM.int8, `checkpoint` for the packed codes
+    that a GPTQ or AWQ base has, or `none` for 16-bit LoRA."""
     double_quant: bool = True
-    """Quantize the block scales too (0.37 bits per parameter less)."""
+    """Quantize the block scales of 4-bit weights too (0.37 bits per parameter less)."""
+    int8_threshold: Annotated[float, Field(ge=0)] = 6.0
+    """Of int8, on a GPU: inputs that reach this magnitude anywhere are multiplied in 16 bits; 0: all in 8 bits."""
+    skip_modules: list[str] = []
+    """Names or regular expressions, searched in full module names, of linears that nf4, fp4 and int8 leave in 16
+    bits in training."""
     compute_dtype: Literal["bfloat16", "float8", "float32"] = "bfloat16"
     """Dtype of activations, dequantized weights and all that is not 4-bit. float8: bfloat16, but training multiplies
     with frozen weights in 8 bits, which is faster and rounds more. float32 is for tests on small models."""
@@ -27,6 +33,29 @@ class Model(Section):
     """Attention of transformers. flash_attention_2 needs its own package."""
     trust_remote_code: bool = False
     """Run model code that comes with a checkpoint. Off unless you read that code."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_offload(cls, section: Any) -> Any:
+        refused = [key for key in section if key in REFUSED_MODEL_KEYS] if isinstance(section, dict) else []
+        if refused:
+            raise ValueError("; ".join(f"{key}: {REFUSED_MODEL_KEYS[key]}" for key in refused))
+        return section
+
+    @model_validator(mode="after")
+    def _keys_fit(self) -> Model:
+        if self.quantization != "int8" and self.int8_threshold != 6.0:
+            raise ValueError(f"int8_threshold is of quantization: int8, and this is {self.quantization}")
+        if self.skip_modules and not self.requantizes:
+            raise ValueError(
+                f"skip_modules is of nf4, fp4 and int8; quantization: {self.quantization} quantizes nothing"
+            )
+        return self
+
+    @property
+    def requantizes(self) -> bool:
+        """Whether training quantizes the base by itself."""
+        return self.quantization in ("nf4", "fp4", "int8")
 
     @property
     def dtype(self) -> Literal["bfloat16", "float32"]:
@@ -182,6 +211,8 @@ class Train(Section):
     """Steps between log entries. null: 10 on a GPU, which waits for each, and 1 on a CPU."""
     processes: PositiveInt = 1
     """Processes that `qlora run` starts through accelerate (one per GPU)."""
+    shard: bool = False
+    """Processes share one copy of the 4-bit base: each holds a part of every layer, and gathers a layer to run it."""
     args: dict[str, Any] = {}
     """Any other field of TRL's SFTConfig; what would break a promise of the pipeline is refused with the reason."""
 

@@ -25,6 +25,8 @@ class Merge(Section):
     """Of the sum to 16 bits. To nearest, updates of less than half a step are gone, most of a short training's."""
     max_shard_gb: Annotated[float, Field(gt=0)] = 5.0
     """Largest safetensors file, in GB."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where this stage computes; null: as `device` says."""
 
 
 class Mix(Section):
@@ -108,6 +110,8 @@ class Quantize(Section):
     """Regular expressions, searched in full module names, of what stays in 16 bits. They come before `modules`."""
     calibration: Calibration = Calibration()
     """Where the calibration rows come from."""
+    device: Literal["auto", "cpu", "cuda"] | None = None
+    """Where this stage computes; null: as `device` says."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,6 +1,22 @@
-"""Fields of TRL's SFTConfig that `train.args` must not touch, each with the reason."""
+"""Fields of TRL's SFTConfig that `train.args` must not touch, and options of a base that peers have, with reasons."""
 
 from __future__ import annotations
+
+# With PEFT 0.21 and accelerate 1.15: "MmBackward0 returned an invalid gradient … expected device meta but got cpu".
+_OFFLOAD = (
+    "layers whose weights wait on the CPU cannot have an adapter: PEFT puts it on the meta device beside them, where "
+    "it holds no numbers, and the backward fails. nf4 takes half of int8's memory; where that is short too, training "
+    "moves token embeddings and the inputs of layers to the host by itself (train.memory)"
+)
+REFUSED_MODEL_KEYS: dict[str, str] = {
+    "cpu_offload": _OFFLOAD,
+    "llm_int8_enable_fp32_cpu_offload": _OFFLOAD,
+    "device_map": "every process trains on one device; " + _OFFLOAD,
+    "load_in_8bit": "use quantization: int8",
+    "load_in_4bit": "use quantization: nf4 or fp4",
+    "llm_int8_threshold": "use int8_threshold",
+    "llm_int8_skip_modules": "use skip_modules",
+}
 
 REFUSED_TRAIN_ARGS: dict[str, str] = {
     "output_dir": "the run directory decides where checkpoints go",
@@ -35,5 +51,9 @@ REFUSED_TRAIN_ARGS: dict[str, str] = {
     "gradient_accumulation_steps": "it follows from train.batch_size and train.micro_batch_tokens",
     "remove_unused_columns": "the trainer feeds exactly input_ids and labels",
     "use_liger_kernel": "TRL's deprecated switch; kernels are chosen by the training path",
+    "fsdp": "use train.shard, which divides the 4-bit base and leaves adapters whole",
+    "fsdp_config": "use train.shard, which divides the 4-bit base and leaves adapters whole",
+    "deepspeed": "use train.shard, which divides the 4-bit base; DeepSpeed divides the small adapter",
+    "parallelism_config": "rows are divided among all processes; train.shard divides the base",
     "disable_tqdm": "progress is shown by qlora",
 }

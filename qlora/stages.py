@@ -5,7 +5,7 @@ Every stage function writes into the folder it is given and returns metrics for 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
@@ -39,6 +39,13 @@ class Run:
         from qlora.models.loading import pick_device
 
         return pick_device(self.recipe.device)
+
+    def device_of(self, stage: str) -> str:
+        """Where a stage after training computes."""
+        from qlora.models.loading import pick_device
+
+        own = getattr(self.recipe, stage).device
+        return self.device if own is None else pick_device(own)
 
     @cached_property
     def base(self) -> Any:
@@ -111,19 +118,25 @@ class Run:
 
 
 def check_quantization(run: Run) -> None:
-    """Raise UserError for what will not quantize, before anything is trained for it."""
-    from qlora.models.shapes import model_shapes, read_config, skeleton
+    """Raise UserError for what will not be held as the recipe says, or not quantize, before anything is trained."""
+    from qlora.models.held import training_shapes
+    from qlora.models.packed_base import require_packed
+    from qlora.models.shapes import read_config, skeleton
     from qlora.quantization import preview
 
-    trust = run.recipe.model.trust_remote_code
-    config = read_config(run.base.directory, trust_remote_code=trust)
-    preview.check_quantization(run.recipe, model_shapes(skeleton(config, trust_remote_code=trust)))
+    model, base = run.recipe.model, run.base
+    require_packed(base.id, base.dequantized_from, model)
+    config = read_config(base.directory, trust_remote_code=model.trust_remote_code)
+    bare = skeleton(config, trust_remote_code=model.trust_remote_code)
+    preview.check_quantization(run.recipe, training_shapes(bare, model, base.packed or base.directory))
 
 
 def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
     from qlora.training.callbacks import Reporter
+    from qlora.training.launch import require_plain_launch
     from qlora.training.run import train_adapter
 
+    require_plain_launch(run.recipe)
     if run.recipe.lora.combine:
         return combine(run, output) if output is not None else {}  # a launch's first process does it alone
     rows = run.train_rows
@@ -147,11 +160,11 @@ def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
 def combine(run: Run, output: Path) -> dict[str, Any]:
     """The adapter as a sum of others, with the base that it belongs to."""
     from qlora.merging.combination import combine, require_same_base
-    from qlora.models.loading import load_base
+    from qlora.models.loading import load_for_training
     from qlora.training.run import write_base
 
     recipe, base = run.recipe, run.base
-    model = load_base(base.directory, recipe.model, run.device, quantized=recipe.model.quantization != "none")
+    model = load_for_training(base, recipe.model, run.device)
     require_same_base(recipe.lora.combine, write_base(model, recipe, base, output))
     parameters = combine(recipe.lora.combine, output, base_id=base.id)
     run.tokenizer.save_pretrained(output)
@@ -173,7 +186,7 @@ def merge(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
         base=section.base,
         dtype=DTYPES[section.dtype],
         rounding=section.rounding,
-        device=run.device,
+        device=run.device_of("merge"),
         write_weights=section.write,
         max_shard_bytes=int(section.max_shard_gb * 1e9),
         progress=progress,
@@ -196,7 +209,7 @@ def merged_source(run: Run) -> TensorSource:
         run.dirs.merged,
         base=section.base,
         dtype=DTYPES[section.dtype],
-        device=run.device,
+        device=run.device_of("quantize"),
     )
 
 
@@ -217,7 +230,7 @@ def quantize(run: Run, fingerprint: str, output: Path | None, progress: Progress
     rows = _calibration_rows(run, section.calibration)
     source = merged_source(run)
     options: dict[str, Any] = {
-        "device": run.device,
+        "device": run.device_of("quantize"),
         "progress": progress,
         "attn_implementation": run.recipe.model.attn_implementation,
         "trust_remote_code": run.recipe.model.trust_remote_code,
@@ -296,7 +309,7 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
     rows = run.eval_rows.rows.good[: section.rows]
     settings = Settings(section.batch_size, section.generate, section.max_new_tokens, run.tokenizer.pad_token_id)
     compared = run.eval_rows.rows[: section.rows]
-    scores = climb(_rungs(run), rows, run.tokenizer, settings, output, progress, compared)
+    scores = climb(_rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared)
     tokens = sum(row.supervised_tokens for row in rows)
     write_json(
         output / "ladder.json", {"rows": len(rows), "tokens": tokens, "rungs": [asdict(score) for score in scores]}
@@ -304,27 +317,47 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
     return {f"{score.name}_{key}": value for score in scores for key, value in asdict(score).items() if key != "label"}
 
 
-def _rungs(run: Run) -> list[Any]:
-    from qlora.evaluation.ladder import BASE, START, TRAINED, Rung
-    from qlora.models.loading import DTYPES, load_base, load_gptq, load_plain, load_trained
+def _memory_for_models(run: Run, rows: Sequence[Any]) -> int | None:
+    """Bytes of each GPU that a model may take, where models in 16 bits are larger than what its rows leave of one."""
+    from qlora.measure import free_for_training
+    from qlora.models.estimates import model_budget, scoring_parts
+    from qlora.models.resources import BYTES
+    from qlora.models.shapes import model_shapes, read_config, skeleton
 
-    model, device, quantized = run.recipe.model, run.device, run.recipe.model.quantization != "none"
-    dtype = DTYPES[model.dtype]
-    load = partial(load_base, run.base.directory, model, device)
-    kind, packed = model.quantization.upper(), run.base.dequantized_from or ""
+    device, model = run.device_of("evaluate"), run.recipe.model
+    if device == "cpu":
+        return None
+    config = read_config(run.base.directory, trust_remote_code=model.trust_remote_code)
+    shapes = model_shapes(skeleton(config, trust_remote_code=model.trust_remote_code))
+    longest, answer = max(row.tokens for row in rows), max(row.supervised_tokens for row in rows)
+    beside = sum(scoring_parts(run.recipe, shapes, longest, answer).values())
+    most = model_budget(run.recipe, free_for_training(device)) - beside
+    return most if BYTES[model.dtype] * shapes.total > most else None
+
+
+def _rungs(run: Run, rows: Sequence[Any]) -> list[Any]:
+    from qlora.evaluation.ladder import BASE, START, TRAINED, Rung
+    from qlora.models.loading import DTYPES, load_base, load_for_training, load_gptq, load_plain, load_trained
+
+    model, device = run.recipe.model, run.device_of("evaluate")
+    dtype, most = DTYPES[model.dtype], _memory_for_models(run, rows)
+    load = partial(load_for_training, run.base, model, device)
+    packed = run.base.dequantized_from or ""
+    kind = (packed if model.quantization == "checkpoint" else model.quantization).upper()
     options: dict[str, Any] = {
         "attn_implementation": model.attn_implementation,
         "trust_remote_code": model.trust_remote_code,
+        "most": most,
     }
     merged = partial(load_plain, run.dirs.merged, DTYPES[run.recipe.merge.dtype], device, **options)
     rungs = [
         Rung(
             BASE,
             f"base, {packed.upper()}" if packed in ("gptq", "awq") else "base, 16 bits",
-            lambda: load(quantized=False).eval(),
+            lambda: load_base(run.base.directory, model, device, quantized=False, most=most).eval(),
         ),
-        Rung(START, f"base, {kind}", lambda: load(quantized=True).eval()),
-        Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(quantized=True), run.dirs.adapter)),
+        Rung(START, f"base, {kind}", lambda: load().eval()),
+        Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(), run.dirs.adapter)),
         Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),
         Rung(
             "gptq",
@@ -332,7 +365,8 @@ def _rungs(run: Run) -> list[Any]:
             partial(load_gptq, run.dirs.gptq, dtype, device, **options),
         ),
     ]
-    left_out = {name for name, there in (("nf4", quantized), ("merged", run.recipe.merge.write)) if not there}
+    # Where training quantizes nothing by itself, it begins with the base.
+    left_out = {name for name, there in ((START, model.requantizes), ("merged", run.recipe.merge.write)) if not there}
     return [rung for rung in rungs if rung.name not in left_out]
 
 
@@ -350,7 +384,7 @@ def failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
     ]
     problems = []
     for key, title, rung, figure, limit, relation in checks:
-        if limit is None or (key == "merge_kl" and (recipe.merge.base == "original" or not recipe.merge.write)):
+        if limit is None or (key == "merge_kl" and not recipe.merges_exactly):
             continue
         value = rungs[rung][figure]
         shown = "not defined" if value is None else f"{value:.4f}"

@@ -1,8 +1,10 @@
 """A tiny model with a tokenizer and data for whole runs in seconds, and the real SmolLM2 from the cache."""
 
+import functools
 import gc
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,7 +27,8 @@ FACTS = {
 
 # Files that take longest, first: the last ones to run then end at about the same time in both workers.
 SLOWEST = (
-    "test_pipeline", "test_sweep", "test_external", "test_preference", "test_sft", "test_paths",
+    "test_pipeline", "test_sweep", "test_external", "test_preference", "test_processes", "test_sft",
+    "test_paths",
     "test_gptqmodel_interop", "test_cli", "test_tracking",
 )  # fmt: skip
 
@@ -88,6 +91,71 @@ def tiny_model(tmp_path_factory) -> Path:
     model.to(torch.bfloat16).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
+
+
+@pytest.fixture(scope="session")
+def save_packed(tiny_model, tmp_path_factory):
+    """`save_packed(method, bits, desc_act)` packs the tiny model's linears, rounded to nearest; returns the directory.
+
+    Made once for equal arguments, so tests must not write into it.
+    """
+
+    @functools.cache
+    def save(method: str = "gptq", bits: int = 4, desc_act: bool = False) -> Path:
+        from safetensors.torch import load_file, save_file
+
+        directory = tmp_path_factory.mktemp("packed") / f"{method}-{bits}{'-act' if desc_act else ''}"
+        shutil.copytree(tiny_model, directory)
+        generator = torch.Generator().manual_seed(0)
+        tensors = {}
+        for name, tensor in load_file(directory / "model.safetensors").items():
+            if not name.endswith("_proj.weight"):
+                tensors[name] = tensor.to(torch.float16)
+                continue
+            inputs = tensor.shape[1]
+            order = torch.randperm(inputs, generator=generator) if desc_act else torch.arange(inputs)
+            group_K = torch.empty_like(order)
+            group_K[order] = torch.arange(inputs) // PACKED_GROUP
+            packed = _packed_as(method, tensor.float().T[order], order, group_K, bits)
+            tensors |= {f"{name.removesuffix('weight')}{part}": each for part, each in packed.items()}
+        save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+        config = {"quant_method": method, "bits": bits, "group_size": PACKED_GROUP}
+        config |= {"version": "gemm", "zero_point": True} if method == "awq" else {"sym": True, "desc_act": desc_act}
+        written = json.loads((directory / "config.json").read_text()) | {"quantization_config": config}
+        (directory / "config.json").write_text(json.dumps(written))
+        return directory
+
+    return save
+
+
+PACKED_GROUP = 32
+
+
+def _packed_as(method: str, weight_KN: torch.Tensor, order, group_K, bits: int) -> dict[str, torch.Tensor]:
+    """Tensors of one linear, from its weight with inputs in the order of groups."""
+    from qlora.models.awq_format import CODE_ORDER
+    from qlora.models.gptq_format import pack
+
+    groups_GSN = weight_KN.unflatten(0, (-1, PACKED_GROUP))
+    if method == "awq":
+        low_GN, high_GN = groups_GSN.amin(1), groups_GSN.amax(1)
+        scales_GN = ((high_GN - low_GN) / 15).to(torch.float16)
+        zeros_GN = (-low_GN / scales_GN).round().clamp(0, 15)
+    else:
+        scales_GN = (1.01 * groups_GSN.abs().amax(1) / 2 ** (bits - 1)).to(torch.float16)  # no bf16, as those of others
+        zeros_GN = torch.full_like(scales_GN, 2 ** (bits - 1))
+    codes_GSN = (groups_GSN / scales_GN.float()[:, None] + zeros_GN.float()[:, None]).round().clamp(0, 2**bits - 1)
+    codes_KN = torch.empty_like(weight_KN, dtype=torch.int64)
+    codes_KN[order] = codes_GSN.flatten(0, 1).long()
+    if method != "awq":
+        return vars(pack(codes_KN, zeros_GN.long(), scales_GN, group_K, bits))
+
+    def words(codes_RN: torch.Tensor) -> torch.Tensor:
+        eights = codes_RN.view(len(codes_RN), -1, 8)
+        found = sum(eights[..., output] << (4 * position) for position, output in enumerate(CODE_ORDER))
+        return (found & 0xFFFFFFFF).to(torch.uint32).view(torch.int32)
+
+    return {"qweight": words(codes_KN), "qzeros": words(zeros_GN.long()), "scales": scales_GN}
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from qlora.data.rendering import RenderedRow
+from qlora.models.placement import input_device
 
 
 def exact_match(
@@ -30,7 +31,7 @@ def generate(
     model: Any, rows: Sequence[RenderedRow], tokenizer: Any, batch_size: int, max_new_tokens: int
 ) -> list[str]:
     """Greedy answers, one per row, without the end-of-turn token."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     stops = sorted(_stop_tokens(model, tokenizer) | {row.labels[-1] for row in rows if row.labels[-1] >= 0})
     answers: list[str] = []
     for first in range(0, len(rows), batch_size):

@@ -28,6 +28,7 @@ from qlora.data.rendering import RenderedRow
 from qlora.errors import UserError
 from qlora.evaluation.generation import exact_match
 from qlora.evaluation.preferences import answer_logps, answers_of, preferred
+from qlora.models.placement import input_device
 
 TRAINED = "trained"
 BASE = "base"
@@ -133,7 +134,7 @@ def climb(
             raw[rung.name] = (loss, kl, top1, matches)
             if answers:
                 padded = partial(batches, size=settings.batch_size, pad_token_id=settings.pad_token_id)
-                device = next(model.parameters()).device
+                device = input_device(model)
                 logps[rung.name] = answer_logps(model, answers, partial(padded, device=device))
             del model
             release_memory()
@@ -170,7 +171,7 @@ def score(
     """(loss, KL to the reference, top-1 agreement) over the answer tokens of `rows`."""
     loss = kl = agreed = 0.0
     start = 0
-    device = next(model.parameters()).device
+    device = input_device(model)
     for ids_BT, mask_BT, labels_BT in batches(rows, settings.batch_size, settings.pad_token_id, device):
         logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT).logits
         answer_BT = labels_BT[:, 1:] != -100

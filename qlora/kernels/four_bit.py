@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bitsandbytes.nn import Params4bit
 
 NESTED_BLOCK = 256
+GATHER = "qlora_gather"
+"""Attribute of a weight that several processes share: what to call for its codes to be there."""
 # Codes that are read at a time, a word of 32 bits; words of a program, a thread each.
 WORD = 8
 TILE = 256
@@ -51,6 +53,7 @@ class FourBitWeight:
     @classmethod
     def of(cls, parameter: Params4bit) -> FourBitWeight:
         """The weight of a `Linear4bit`, sharing its memory."""
+        be_there(parameter)
         state = parameter.quant_state
         nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else None
         return cls(parameter.data.view(-1), state.code, state.absmax, nested, tuple(state.shape), state.blocksize)
@@ -58,6 +61,16 @@ class FourBitWeight:
     @property
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+
+def be_there(parameter: Params4bit) -> None:
+    """Have the codes of a weight, of which processes may share one copy: valid until another layer's are asked for."""
+    if gather := getattr(parameter, GATHER, None):
+        gather()
 
 
 def dequantize(weight: FourBitWeight, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:

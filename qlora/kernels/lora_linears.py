@@ -6,10 +6,10 @@ With u = [s_i·dy_i·B_i] and A = [A_i], both side by side over all i,
 
     dx = Σ_i dy_i·W_i + u·A,   dA = uᵀ·x,   dB_i = s_i·dy_iᵀ·(x·A_iᵀ)
 
-so that the backward needs x, the parameters, and x·Aᵀ, which is small and kept; 4-bit weights are dequantized again,
-into one buffer for all of them. Products are in the dtype of x; gradients of adapters come out of them in fp32 where
-the GPU can. Where x is a norm of something that is kept anyway, x = σ·z·g by rows and columns, it is not made again:
-dA = ((uσ)ᵀ·z)·g.
+so that the backward needs x, the parameters, and x·Aᵀ, which is small and kept; quantized weights are dequantized
+again, into one buffer for all of them. Products are in the dtype of x; gradients of adapters come out of them in fp32
+where the GPU can. Where x is a norm of something that is kept anyway, x = σ·z·g by rows and columns, it is not made
+again: dA = ((uσ)ᵀ·z)·g.
 
 Shapes: T tokens, K inputs, N outputs, R ranks of all adapters together.
 """
@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from qlora.kernels import float8
+from qlora.kernels import float8, packed_linear
 from qlora.kernels.float8 import Float8Weight, rows_of
 from qlora.kernels.four_bit import FourBitWeight, dequantize
 from qlora.kernels.low_rank import add_low_rank_
+from qlora.kernels.packed_linear import PackedWeight
 
 _buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -35,7 +36,7 @@ _buffers: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 class FrozenLinear:
     """What does not learn of one linear, and how its adapter is scaled."""
 
-    weight: FourBitWeight | Float8Weight | torch.Tensor
+    weight: FourBitWeight | PackedWeight | Float8Weight | torch.Tensor
     """Quantized, or [N, K] in the dtype of x."""
     bias_N: torch.Tensor | None
     scaling: float
@@ -211,20 +212,22 @@ def product(left: torch.Tensor, right: torch.Tensor, dtype: torch.dtype) -> torc
     return (left @ right).to(dtype)
 
 
-def _dense(weight: FourBitWeight | Float8Weight | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def _dense(weight: FourBitWeight | PackedWeight | Float8Weight | torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """[N, K]; a dequantized weight is valid until the next one is asked for."""
     assert not isinstance(weight, Float8Weight), "a weight in 8 bits is multiplied with as it is"
     if isinstance(weight, torch.Tensor):
         return weight
-    key = (weight.packed.device, dtype)
+    key, size = (weight.device, dtype), weight.shape[0] * weight.shape[1]
     buffer = _buffers.get(key)
-    if buffer is None or buffer.numel() < weight.numel:
-        buffer = _buffers[key] = torch.empty(weight.numel, dtype=dtype, device=weight.packed.device)
-    return dequantize(weight, dtype, buffer[: weight.numel])
+    if buffer is None or buffer.numel() < size:
+        buffer = _buffers[key] = torch.empty(size, dtype=dtype, device=weight.device)
+    if isinstance(weight, PackedWeight):
+        return packed_linear.frozen_weight(weight, dtype, buffer[:size]).T
+    return dequantize(weight, dtype, buffer[:size])
 
 
 def _in_8_bits(
-    weight: FourBitWeight | Float8Weight | torch.Tensor, dtype: torch.dtype, *, backwards: bool
+    weight: FourBitWeight | PackedWeight | Float8Weight | torch.Tensor, dtype: torch.dtype, *, backwards: bool
 ) -> float8.Rows:
     """Summed over its inputs, or backwards over its outputs."""
     if isinstance(weight, Float8Weight):

@@ -57,7 +57,7 @@ class MergeReport:
     total_bytes: int
     """Bytes of weights on disk."""
     digest: str
-    """Digest of all 4-bit codes, equal to that of base.json."""
+    """Digest of all codes of the base, equal to that of base.json."""
     absmax_deviation: float
     """Largest relative difference of a layer's block scales to those of training."""
     seconds: float

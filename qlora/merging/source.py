@@ -19,7 +19,7 @@ import torch
 
 from qlora.errors import Problem, UserError
 from qlora.merging.adapter import Adapter
-from qlora.merging.base_weights import QuantizedWeight, row_blocks
+from qlora.merging.base_weights import TrainedOn, row_blocks, trained_on
 from qlora.merging.plan import MergedTensor, plan_merge
 from qlora.merging.rounding import stochastic
 from qlora.models.checkpoint import CheckpointReader, TensorSpec
@@ -131,20 +131,22 @@ class MergedSource:
             merged[rows] = block
         return merged
 
-    def _quantize_again(self, module: str, weight: torch.Tensor) -> QuantizedWeight:
-        """The 4-bit weight of a layer. Raises UserError if training had another one."""
+    def _quantize_again(self, module: str, weight: torch.Tensor) -> TrainedOn:
+        """The quantized weight of a layer. Raises UserError if training had another one."""
         provenance = self.provenance
-        quantized = QuantizedWeight(weight, provenance.settings, provenance.load_dtype, self._device)
+        quantized = trained_on(weight, provenance.settings, provenance.load_dtype, self._device)
         expected = provenance.quantized[module]
         deviation = quantized.fingerprint.absmax_deviation(expected)
         self.absmax_deviation = max(self.absmax_deviation, deviation)
         if quantized.fingerprint.sha256 == expected.sha256 and deviation <= ABSMAX_TOLERANCE:
             return quantized
-        what = "4-bit codes" if quantized.fingerprint.sha256 != expected.sha256 else f"block scales ({deviation:.1e})"
+        same = quantized.fingerprint.sha256 == expected.sha256
+        what = f"block scales ({deviation:.1e})" if same else provenance.settings.compared
         revision = f" at revision {provenance.revision}" if provenance.revision else ""
         fix = f"merge into {provenance.base_id}{revision}, unchanged, with bitsandbytes {provenance.bitsandbytes}"
-        if provenance.load_dtype == torch.float32 and provenance.device != torch.device(self._device).type:
-            fix += f", on {provenance.device}: codes of float32 weights depend on the device"
+        depends = provenance.load_dtype == torch.float32 or provenance.settings.quant_type == "int8"
+        if depends and provenance.device != torch.device(self._device).type:
+            fix += f", on {provenance.device}: codes of int8, and of float32 weights, depend on the device"
         raise UserError(
             Problem(
                 f"{module}: {what} differ from those the adapter was trained on",

@@ -31,6 +31,8 @@ class Base:
     directory: Path
     dequantized_from: str | None = None
     """gguf, gptq or awq, where that is what was found."""
+    packed: Path | None = None
+    """The directory that was found, where its weights are packed codes of GPTQ or AWQ."""
 
     @property
     def digest(self) -> str:
@@ -53,7 +55,7 @@ def resolve_base(name: str, revision: str | None = None, *, trust_remote_code: b
         return base
     convert = partial(_convert_packed, base.directory, trust_remote_code=trust_remote_code)
     directory = _converted(Path(base.id).name, base.digest, convert)
-    return Base(base.id, base.revision, directory, found.quantized)
+    return Base(base.id, base.revision, directory, found.quantized, base.directory)
 
 
 def as_converted(found: Preview) -> Preview:

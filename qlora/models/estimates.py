@@ -20,10 +20,11 @@ from qlora.models.resources import (
     stage_estimate,
 )
 from qlora.models.shapes import AdapterShapes, ModelShapes, forward_flops
-from qlora.models.training_memory import Trained
+from qlora.models.training_memory import Trained, base_bytes
 from qlora.recipe import Recipe
 
 QUANTIZE_RATE = {"cuda": 1e9, "cpu": 12e6}  # parameters/s to 4-bit and back in the merge; per core on a CPU
+SHARE_OF_FREE = 0.9  # of a GPU's memory, what evaluation takes at most where the recipe does not say
 SCORING_CHUNK = 2048  # answer tokens whose fp32 log-probabilities evaluation holds at once, three copies of them
 
 
@@ -55,7 +56,8 @@ def merged_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
 def _train(
     recipe: Recipe, shapes: ModelShapes, adapter: AdapterShapes, work: Workload, machine: Machine
 ) -> StageEstimate:
-    trained = Trained(recipe, shapes, adapter, machine, work.train_sequence)
+    shards = recipe.train.processes if recipe.train.shard else 1
+    trained = Trained(recipe, shapes, adapter, machine, work.train_sequence, shards=shards)
     passes = work.train_tokens / recipe.train.processes / max(1, work.largest_pass.tokens)
     saved = adapter.trainable * BYTES[recipe.lora.dtype]
     return stage_estimate(
@@ -83,18 +85,32 @@ def _merging_seconds(shapes: ModelShapes, machine: Machine) -> float:
     return shapes.quantized / rate + 2 * shapes.total / STORAGE_RATE
 
 
-def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Machine) -> StageEstimate:
-    itemsize = BYTES[recipe.model.dtype]
-    rows = work.evaluation
-    batch = recipe.evaluate.batch_size * rows.longest
-    answers = recipe.evaluate.batch_size * work.eval_longest_answer
-    parts = {
-        "model in 16 bits": itemsize * shapes.total,
+def scoring_parts(recipe: Recipe, shapes: ModelShapes, longest: int, longest_answer: int) -> dict[str, int]:
+    """Bytes that evaluation holds beside a model, by name, from tokens of the longest row and the longest answer."""
+    itemsize, section = BYTES[recipe.model.dtype], recipe.evaluate
+    batch, answers = section.batch_size * longest, section.batch_size * longest_answer
+    generated = section.batch_size * (longest + section.max_new_tokens) if section.generate else 0
+    return {
         "logits": (batch + answers) * shapes.vocab_size * itemsize,
         "log-probabilities": 3 * 4 * min(answers, SCORING_CHUNK) * shapes.vocab_size,
         "activations": layer_forward_bytes(shapes, itemsize) * batch,
+        "keys and values": 2 * itemsize * shapes.layers * shapes.key_value_heads * shapes.head_dim * generated,
     }
-    models = 3 + (recipe.model.quantization != "none") + recipe.merge.write  # base, trained, GPTQ; NF4; merged
+
+
+def model_budget(recipe: Recipe, free: int) -> int:
+    """Bytes of a GPU with so many free that evaluation may take."""
+    memory = recipe.evaluate.memory
+    return round(SHARE_OF_FREE * free) if memory == "auto" else min(free, round(memory * 2**30))
+
+
+def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Machine) -> StageEstimate:
+    itemsize = BYTES[recipe.model.dtype]
+    rows, whole = work.evaluation, itemsize * shapes.total
+    parts = {"model in 16 bits": whole, **scoring_parts(recipe, shapes, rows.longest, work.eval_longest_answer)}
+    models = 3 + recipe.model.requantizes + recipe.merge.write  # base, trained, GPTQ; NF4; merged
+    # What training held the base in stays on the GPU; of others, what is computed with.
+    least = max(base_bytes(recipe, shapes), 2 * itemsize * max(shapes.largest_layer, shapes.largest_tensor))
     return stage_estimate(
         "evaluate",
         machine,
@@ -102,4 +118,5 @@ def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
         host=0,
         disk=2 * work.eval_answer_tokens * shapes.vocab_size,  # the trained model's log-probabilities in fp16
         seconds=machine.seconds(models * forward_flops(shapes, rows.longest) * rows.tokens, TRAINING),
+        movable=max(0, whole - least),
     )

@@ -1,4 +1,4 @@
-"""Load models for training and for measuring: the 4-bit base, the adapter on it, and merged or GPTQ directories.
+"""Load models for training and for measuring: the quantized base, the adapter on it, and merged or GPTQ directories.
 
 Nothing is upcast to fp32: embeddings, head and norms stay in the compute dtype (peft's prepare_model_for_kbit_training
 is not called; it costs gigabytes).
@@ -7,8 +7,10 @@ is not called; it costs gigabytes).
 from __future__ import annotations
 
 import contextlib
+import logging
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
@@ -16,8 +18,13 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError
 from qlora.models.packed_checkpoint import dequantized_tensors, transposed_linears
-from qlora.models.patches import plain_falcon_linears
+from qlora.models.patches import each_quantized_weight, plain_falcon_linears
+from qlora.models.placement import place
 from qlora.recipe import Lora, Model
+
+if TYPE_CHECKING:
+    from qlora.models.base import Base
+    from qlora.models.sharding import Sharding
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -41,33 +48,85 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_base(directory: Path, model: Model, device: str, *, quantized: bool) -> PreTrainedModel:
-    """The frozen base in the recipe's dtype, its linear layers in bitsandbytes 4-bit if `quantized`."""
-    options: dict[str, Any] = {
-        "dtype": DTYPES[model.dtype],
-        "device_map": {"": device},
-        "attn_implementation": model.attn_implementation,
-        "trust_remote_code": model.trust_remote_code,
-    }
-    if quantized and model.quantization != "none":
-        options["quantization_config"] = bitsandbytes_config(model)
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
-    with plain_falcon_linears() if config.model_type == "falcon" else contextlib.nullcontext():
-        loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
-    disable_cpu_repacking(loaded)
+def load_for_training(base: Base, model: Model, device: str, sharding: Sharding | None = None) -> PreTrainedModel:
+    """The frozen base as training holds it, in the recipe's dtype.
+
+    sharding: how processes share a base in 4 bits; a device holds no more of it than its part at any time. Raises
+    UserError as `load_base` does, and where the recipe wants a checkpoint's own codes and it has none.
+    """
+    if model.quantization != "checkpoint":
+        return load_base(base.directory, model, device, quantized=True, sharding=sharding)
+    from qlora.models.packed_base import load_packed, require_packed
+
+    require_packed(base.id, base.dequantized_from, model)
+    assert base.packed is not None, "of GPTQ and AWQ it is known"
+    loaded = load_packed(base.packed, model, DTYPES[model.dtype], device)
     loaded.config.use_cache = False
     return loaded
 
 
-def bitsandbytes_config(model: Model) -> Any:
+def load_base(
+    directory: Path,
+    model: Model,
+    device: str,
+    *,
+    quantized: bool,
+    most: int | None = None,
+    sharding: Sharding | None = None,
+) -> PreTrainedModel:
+    """The frozen base in the recipe's dtype, its linear layers quantized by bitsandbytes if `quantized`.
+
+    most: bytes of each GPU that a base in 16 bits may take, as `place` has it. sharding: as `load_for_training` has it.
+    Raises UserError for `model.skip_modules` that name nothing.
+    """
+    options: dict[str, Any] = {
+        "dtype": DTYPES[model.dtype],
+        "device_map": {"": device if most is None else "cpu"},
+        "attn_implementation": model.attn_implementation,
+        "trust_remote_code": model.trust_remote_code,
+    }
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+    if quantized and model.requantizes:
+        options["quantization_config"] = bitsandbytes_config(model, _left_in_16_bits(config, model))
+    with contextlib.ExitStack() as patches:
+        if config.model_type == "falcon":
+            patches.enter_context(plain_falcon_linears())
+        if sharding is not None:
+            patches.enter_context(each_quantized_weight(sharding.take))
+        loaded = AutoModelForCausalLM.from_pretrained(directory, **options)
+    if sharding is not None:
+        sharding.install(loaded)
+    disable_cpu_repacking(loaded)
+    train_as_measured(loaded)
+    loaded.config.use_cache = False
+    return loaded if most is None else place(loaded, device, most)
+
+
+def bitsandbytes_config(model: Model, left_in_16_bits: list[str] | None = None) -> Any:
+    """For nf4, fp4 or int8; of names of modules that are left, transformers' own choice if there are none."""
     from transformers import BitsAndBytesConfig
 
+    if model.quantization == "int8":
+        return BitsAndBytesConfig(
+            load_in_8bit=True, llm_int8_threshold=model.int8_threshold, llm_int8_skip_modules=left_in_16_bits
+        )
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=model.quantization,
         bnb_4bit_use_double_quant=model.double_quant,
         bnb_4bit_compute_dtype=DTYPES[model.dtype],
+        llm_int8_skip_modules=left_in_16_bits,  # whatever its name says
     )
+
+
+def _left_in_16_bits(config: Any, model: Model) -> list[str] | None:
+    from qlora.models.skipped import kept_in_16_bits
+
+    if not model.skip_modules:
+        return None
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+    return kept_in_16_bits(empty, model.skip_modules)
 
 
 def disable_cpu_repacking(model: torch.nn.Module) -> None:
@@ -81,6 +140,27 @@ def disable_cpu_repacking(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
+
+
+def train_as_measured(model: torch.nn.Module) -> None:
+    """Have 8-bit layers compute on CPUs outside of training what they compute in it.
+
+    There, bitsandbytes 0.50 multiplies with dequantized weights in training, and quantizes inputs too in eval mode; on
+    GPUs it quantizes them in both. The layers drop nothing and keep no statistics: the mode means nothing else to them.
+    """
+    from bitsandbytes.nn import Linear8bitLt
+
+    # One warning for each product in bf16, that it is cast to fp16.
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    for module in model.modules():
+        if isinstance(module, Linear8bitLt) and module.weight.device.type == "cpu":
+            module.train = partial(_stay_in_training, module)  # type: ignore[method-assign, assignment]
+            module.train()
+
+
+def _stay_in_training(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    module.training = True
+    return module
 
 
 def lora_config(lora: Lora) -> Any:
@@ -110,7 +190,7 @@ def attach_adapter(base: PreTrainedModel, lora: Lora) -> Any:
     from peft import get_peft_model
 
     config = lora_config(lora)
-    if lora.target_modules == "all-linear" and _has_fused_experts(base):
+    if lora.target_modules == "all-linear" and fused_parameters(base):
         config.target_modules = _linears_beside_experts(base)
     try:
         adapted = get_peft_model(base, config)
@@ -127,8 +207,9 @@ def attach_adapter(base: PreTrainedModel, lora: Lora) -> Any:
     return adapted
 
 
-def _has_fused_experts(model: PreTrainedModel) -> bool:
-    return any(parameter.ndim > 2 and "expert" in name for name, parameter in model.named_parameters())
+def fused_parameters(model: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    """(name, parameter) of experts that are held as 3-D tensors, which neither bitsandbytes nor all-linear take."""
+    return [(name, each) for name, each in model.named_parameters() if each.ndim > 2 and "expert" in name]
 
 
 def _linears_beside_experts(model: PreTrainedModel) -> set[str]:
@@ -162,15 +243,17 @@ def load_plain(
     *,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    most: int | None = None,
 ) -> PreTrainedModel:
-    """A 16-bit directory (base or merged)."""
-    return AutoModelForCausalLM.from_pretrained(
+    """A 16-bit directory (base or merged), beyond `most` bytes of each GPU elsewhere too, as `place` has it."""
+    model = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype=dtype,
-        device_map={"": device},
+        device_map={"": device if most is None else "cpu"},
         attn_implementation=attn_implementation,
         trust_remote_code=trust_remote_code,
     ).eval()
+    return model if most is None else place(model, device, most)
 
 
 def load_gptq(
@@ -180,26 +263,30 @@ def load_gptq(
     *,
     attn_implementation: str = "sdpa",
     trust_remote_code: bool = False,
+    most: int | None = None,
 ) -> PreTrainedModel:
     """A GPTQ or AWQ directory as a plain model: every packed weight dequantized to `dtype`, no such kernel involved.
 
-    Evaluation measures what the checkpoint says, not what one kernel makes of it.
+    Evaluation measures what the checkpoint says, not what one kernel makes of it. Beyond `most` bytes of each GPU it
+    lies elsewhere too, as `place` has it.
     Raises `UserError` if the directory is not a GPTQ v1 or AWQ GEMM checkpoint, or tensors are missing.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     del config.quantization_config
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    state = dict(dequantized_tensors(directory, transposed_linears(model), dtype, device))
-    return (
+    first = device if most is None else "cpu"
+    tensors = dequantized_tensors(directory, transposed_linears(model), dtype, device)
+    loaded = (
         type(model)
         .from_pretrained(
             None,
             config=config,
-            state_dict=state,
+            state_dict={name: tensor.to(first) for name, tensor in tensors},
             dtype=dtype,
-            device_map={"": device},
+            device_map={"": first},
             attn_implementation=attn_implementation,
         )
         .eval()
     )
+    return loaded if most is None else place(loaded, device, most)

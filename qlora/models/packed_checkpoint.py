@@ -1,4 +1,7 @@
-"""GPTQ and AWQ checkpoints as the numbers that they stand for: packed weights dequantized, no such kernel involved."""
+"""GPTQ and AWQ checkpoints as the numbers that they stand for: weights dequantized, or as one kind of packed codes.
+
+No kernel of GPTQ or AWQ is involved in either.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError
+from qlora.kernels.packed_linear import PackedWeight
+from qlora.models import awq_format
 from qlora.models.awq_format import AWQTensors, check_readable
 from qlora.models.awq_format import dequantize as dequantize_awq
 from qlora.models.checkpoint import CheckpointReader, CheckpointWriter, TensorSpec
@@ -17,18 +22,24 @@ from qlora.models.gptq_format import (
     TENSOR_NAMES as PACKED_NAMES,
 )
 from qlora.models.gptq_format import (
+    GPTQFormat,
     GPTQTensors,
     check_tensors,
     dequantize,
+    pack_rows,
     quantization_method,
     read_quantization_config,
+    unpack_rows,
+    unpack_zeros,
 )
 from qlora.models.preview import OLDER_CONFIGS
 from qlora.models.provenance import dtype_name
 from qlora.models.side_files import copy_side_files, edit_config
 
-# (full name of a linear, its packed tensors by their last name, dtype of the result) → its weight [N, K]
-Unpack = Callable[[str, Mapping[str, torch.Tensor], torch.dtype], torch.Tensor]
+Parts = Mapping[str, torch.Tensor]
+"""The packed tensors of one linear by their last name."""
+# (full name of a linear, its packed tensors, dtype of the result) → its weight [N, K]
+Unpack = Callable[[str, Parts, torch.dtype], torch.Tensor]
 
 
 def dequantized_tensors(
@@ -45,13 +56,66 @@ def dequantized_tensors(
     for name in reader.names():
         prefix, _, kind = name.rpartition(".")
         if kind == "qweight":
-            packed = [part for part in PACKED_NAMES if f"{prefix}.{part}" in names]
-            parts = {part: reader.read(f"{prefix}.{part}").to(device) for part in packed}
-            weight = unpack(prefix, parts, dtype)
+            weight = unpack(prefix, read_parts(reader, names, prefix, device), dtype)
             yield f"{prefix}.weight", weight.T.contiguous() if prefix in transposed else weight
         elif kind not in PACKED_NAMES:
             tensor = reader.read(name).to(device)
             yield name, tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def read_parts(reader: CheckpointReader, names: Collection[str], prefix: str, device: str) -> dict[str, torch.Tensor]:
+    """The packed tensors of the linear `prefix`, of a checkpoint with these names, on `device`."""
+    packed = [part for part in PACKED_NAMES if f"{prefix}.{part}" in names]
+    return {part: reader.read(f"{prefix}.{part}").to(device) for part in packed}
+
+
+def packed_weights(directory: Path) -> Callable[[str, Parts], PackedWeight]:
+    """(name, packed tensors) → the same codes, zero points and scales as the kernels here take them.
+
+    Raises `UserError` as `dequantized_tensors` does, at once or where it is called; and for GPTQ groups of unequal
+    size. Of AWQ, words are packed along inputs instead of outputs; of GPTQ with `desc_act`, in the order of groups.
+    """
+    if quantization_method(directory) == "awq":
+        check_readable(directory)
+        return _packed_awq
+    settings = read_quantization_config(directory)
+
+    def pack(name: str, parts: Parts) -> PackedWeight:
+        own = _settings_of(settings, name)
+        tensors = GPTQTensors(**parts)
+        check_tensors(name, tensors, own)
+        return _packed_gptq(name, tensors, own.bits)
+
+    return pack
+
+
+def _packed_awq(name: str, parts: Parts) -> PackedWeight:
+    codes_KN = awq_format.unpack(parts["qweight"])
+    return PackedWeight(
+        pack_rows(codes_KN, awq_format.BITS),
+        awq_format.unpack(parts["qzeros"]),
+        parts["scales"].contiguous(),
+        awq_format.BITS,
+    )
+
+
+def _packed_gptq(name: str, tensors: GPTQTensors, bits: int) -> PackedWeight:
+    group_K = tensors.g_idx.long()
+    inputs, groups = len(group_K), len(tensors.scales)
+    rows_K = torch.argsort(group_K, stable=True)
+    in_groups_K = torch.arange(inputs, device=rows_K.device) * groups // inputs
+    if inputs % groups or not torch.equal(group_K[rows_K], in_groups_K):
+        raise UserError(
+            f"{inputs} inputs in {groups} groups of unequal size: training needs them equal",
+            name,
+            "use model.quantization: nf4 or none, which dequantize the checkpoint first",
+        )
+    qweight, ordered = tensors.qweight, torch.equal(group_K, in_groups_K)
+    if not ordered:
+        qweight = pack_rows(unpack_rows(qweight, bits)[rows_K], bits)
+    zeros_GN = unpack_zeros(tensors.qzeros, bits).contiguous()
+    rows = None if ordered else rows_K.to(torch.int32)
+    return PackedWeight(qweight.contiguous(), zeros_GN, tensors.scales.contiguous(), bits, rows)
 
 
 def write_dequantized(directory: Path, output: Path, *, trust_remote_code: bool = False) -> None:
@@ -100,15 +164,20 @@ def _specs(directory: Path, transposed: Collection[str], dtype: torch.dtype) -> 
 def _unpack_gptq(directory: Path) -> Unpack:
     settings = read_quantization_config(directory)
 
-    def unpack(name: str, parts: Mapping[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-        own = settings.for_module(name)
-        if own is None:
-            raise UserError("packed, although quantization_config says it is not quantized", name, "quantize it again")
+    def unpack(name: str, parts: Parts, dtype: torch.dtype) -> torch.Tensor:
+        own = _settings_of(settings, name)
         tensors = GPTQTensors(**parts)
         check_tensors(name, tensors, own)
         return dequantize(tensors, own.bits, dtype)
 
     return unpack
+
+
+def _settings_of(settings: GPTQFormat, name: str) -> GPTQFormat:
+    own = settings.for_module(name)
+    if own is None:
+        raise UserError("packed, although quantization_config says it is not quantized", name, "quantize it again")
+    return own
 
 
 def _unpack_awq(directory: Path) -> Unpack:

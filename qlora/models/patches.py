@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -41,3 +42,37 @@ def plain_falcon_linears() -> Iterator[None]:
         yield
     finally:
         modeling_falcon.FalconLinear = before  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def each_quantized_weight(seen_by: Callable[[Any], None]) -> Iterator[None]:
+    """Show every 4-bit weight, as soon as there is one, to a function that may change it, before the next is read.
+
+    transformers gives out whole models only (Bnb4bitQuantize in transformers.integrations.bitsandbytes, 5.17 to 5.23),
+    and those of several cards would lie on one.
+    """
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+
+    before = Bnb4bitQuantize.convert
+
+    def convert(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        found = before(self, *args, **kwargs)
+        for weight in found.values():
+            seen_by(weight)
+        return found
+
+    Bnb4bitQuantize.convert = convert  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Bnb4bitQuantize.convert = before  # type: ignore[method-assign]
+
+
+def left_out_of_ddp(model: Any, names: Sequence[str]) -> None:
+    """Parameters that DistributedDataParallel does not set to those of the first process when it begins.
+
+    torch has no public way to say so (torch.nn.parallel.distributed, 2.11 to 2.13, calls this one a prototype).
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)

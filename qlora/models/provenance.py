@@ -4,6 +4,8 @@ Training writes it beside the adapter; the merge quantizes the base again and co
 16-bit weights are equal on CPU and GPU, so they are compared by digest. Block scales (absmax) that were quantized to
 8 bits a second time differ between the two in about one of a thousand by one step, so of them only statistics are
 compared, within ABSMAX_TOLERANCE. The codes do not change when all weights are scaled by a factor; the absmax does.
+Of LLM.int8 the codes and the scales of rows are compared alike. Of a checkpoint's own packed codes (GPTQ, AWQ) it is
+the bf16 weights that they stand for, and that the merge reads: equal to the bit, by whatever kernel dequantized them.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ import torch
 from torch import nn
 
 from qlora.errors import UserError
+from qlora.kernels.four_bit import be_there
 from qlora.models.stored_names import renamed_tensors
 
 if TYPE_CHECKING:
     from bitsandbytes.functional import QuantState
     from bitsandbytes.nn import Linear4bit
+
+    from qlora.recipe import Model
 
 FILE_NAME = "base.json"
 ABSMAX_TOLERANCE = 1e-3
@@ -35,17 +40,32 @@ ABSMAX_TOLERANCE = 1e-3
 class QuantizationSettings:
     """How bitsandbytes holds the frozen base during training."""
 
-    quant_type: Literal["nf4", "fp4", "none"]
+    quant_type: Literal["nf4", "fp4", "int8", "checkpoint", "none"]
     double_quant: bool
     compute_dtype: torch.dtype
     blocksize: int = 64
     quant_storage: torch.dtype = torch.uint8
+    int8_threshold: float | None = None
+    """Of int8: inputs from which magnitude on are multiplied in 16 bits."""
+
+    @classmethod
+    def of(cls, model: Model, compute_dtype: torch.dtype) -> QuantizationSettings:
+        """Those of a recipe."""
+        threshold = model.int8_threshold if model.quantization == "int8" else None
+        return cls(model.quantization, model.double_quant, compute_dtype, int8_threshold=threshold)
+
+    @property
+    def compared(self) -> str:
+        """What of each layer the digests are of."""
+        return {"int8": "8-bit codes", "checkpoint": "weights"}.get(self.quant_type, "4-bit codes")
 
 
 @dataclass(frozen=True)
 class ModuleCodes:
-    """Fingerprint of one quantized linear layer: its shape [out, in], the sha256 of its 4-bit codes as they lie in
-    memory (two per byte), and mean and root mean square of its block scales."""
+    """Fingerprint of one quantized linear layer: its shape [out, in], the sha256 of its codes as they lie in memory
+    (4 bits: two per byte), and mean and root mean square of its block scales.
+
+    Of a checkpoint's own codes: of the bf16 weights, and of the largest magnitude of each row."""
 
     shape: tuple[int, ...]
     sha256: str
@@ -94,14 +114,15 @@ def write_provenance(
 ) -> Provenance:
     """Describe the base inside a model that is loaded for training, with or without a PEFT adapter on it, as base.json.
 
-    Raises UserError for 8-bit layers, which the merge does not know, and for layers that bitsandbytes dequantizes
-    wrongly on this device; ValueError when the weights disagree with the settings, or lie in bitsandbytes' repacked
-    layout for CPU inference, which has other bytes.
+    Raises UserError for layers that bitsandbytes dequantizes wrongly on this device; ValueError when the weights
+    disagree with the settings, or lie in bitsandbytes' repacked layout for CPU inference, which has other bytes.
     """
     import bitsandbytes
     from bitsandbytes.nn import Linear4bit, Linear8bitLt
     from peft import PeftModel
     from transformers.pytorch_utils import Conv1D
+
+    from qlora.models.packed_module import PackedLinear
 
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     quantized: dict[str, ModuleCodes] = {}
@@ -110,8 +131,12 @@ def write_provenance(
     load_dtypes: set[torch.dtype] = set()
     for name, module in _base_items(base.named_modules()):
         if isinstance(module, Linear8bitLt):
-            raise UserError("8-bit layers cannot be merged", where=name, fix="use model.quantization nf4, fp4 or none")
-        if isinstance(module, Linear4bit):
+            quantized[name] = _eight_bit_codes(name, module, settings)
+            load_dtypes.add(settings.compute_dtype)  # transformers casts to it before anything is quantized
+        elif isinstance(module, PackedLinear):
+            quantized[name] = weight_fingerprint(module.stored_weight())
+            load_dtypes.add(settings.compute_dtype)
+        elif isinstance(module, Linear4bit):
             quantized[name] = _module_codes(name, module, settings)
             weight: Any = module.weight
             load_dtypes.add(weight.quant_state.dtype)
@@ -194,6 +219,12 @@ def codes_fingerprint(shape: tuple[int, ...], sha256: str, absmax: torch.Tensor)
     return ModuleCodes(tuple(shape), sha256, scales.mean().item(), scales.square().mean().sqrt().item())
 
 
+def weight_fingerprint(weight_NK: torch.Tensor) -> ModuleCodes:
+    """Fingerprint of a weight that training holds as it is, bit for bit."""
+    content = weight_NK.detach().cpu().contiguous().view(torch.uint8).numpy().data
+    return codes_fingerprint(tuple(weight_NK.shape), hashlib.sha256(content).hexdigest(), weight_NK.abs().amax(1))
+
+
 def decompressed_absmax(state: QuantState) -> torch.Tensor:
     """Block scales of a bitsandbytes quantization state in fp32, double quantization undone, one per block."""
     from bitsandbytes.functional import dequantize_blockwise
@@ -227,8 +258,20 @@ def _check_dequantization(name: str, weight: Any) -> None:
         )
 
 
+def _eight_bit_codes(name: str, module: Any, settings: QuantizationSettings) -> ModuleCodes:
+    from qlora.models.frozen import eight_bit_codes
+
+    found = ("int8", module.state.threshold)
+    if found != (settings.quant_type, settings.int8_threshold):
+        raise ValueError(f"{name} is quantized as {found}, the settings say {settings}")
+    codes_NK, scales_N = eight_bit_codes(module)
+    codes = codes_NK.detach().cpu().contiguous()
+    return codes_fingerprint(tuple(codes.shape), hashlib.sha256(codes.numpy().data).hexdigest(), scales_N)
+
+
 def _module_codes(name: str, module: Linear4bit, settings: QuantizationSettings) -> ModuleCodes:
     weight: Any = module.weight
+    be_there(weight)
     state = weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
         raise ValueError(

@@ -125,6 +125,8 @@ class StageEstimate:
     """None where nothing is known to compute it from."""
     parts: dict[str, int]
     """What `device` consists of."""
+    movable: int = 0
+    """Bytes of it that may be in host memory instead, on a GPU, which takes longer."""
 
 
 def assumed_machine(device: str, name: str, cores: int) -> Machine:
@@ -162,12 +164,19 @@ def layer_forward_bytes(shapes: ModelShapes, itemsize: int) -> int:
 
 
 def stage_estimate(
-    stage: str, machine: Machine, parts: dict[str, int], *, host: int, disk: int, seconds: float | None
+    stage: str,
+    machine: Machine,
+    parts: dict[str, int],
+    *,
+    host: int,
+    disk: int,
+    seconds: float | None,
+    movable: int = 0,
 ) -> StageEstimate:
     """Adds the process and the allocator's slack; on a CPU the host's part belongs to the same memory."""
     if machine.on_gpu:
         device = {"CUDA context": CUDA_CONTEXT, **parts}
-        return StageEstimate(stage, _with_slack(device), PROCESS + host, disk, seconds, device)
+        return StageEstimate(stage, _with_slack(device), PROCESS + host, disk, seconds, device, movable)
     device = {"process": PROCESS, **parts, **({"on the host": host} if host else {})}
     total = _with_slack(device)
     return StageEstimate(stage, total, total, disk, seconds, device)

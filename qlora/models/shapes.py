@@ -15,6 +15,7 @@ Source: the accounting of PaLM's appendix B (arXiv:2204.02311), with dW only whe
 from __future__ import annotations
 
 import copy
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError
-from qlora.models.loading import attach_adapter
+from qlora.models.loading import attach_adapter, fused_parameters
 from qlora.models.starting_adapter import require_fit
 from qlora.models.stored_names import stored_names
 from qlora.quantization.experts import Experts, expert_pieces, take_experts_apart
@@ -67,7 +68,7 @@ class ModelShapes:
     total: int
     """All parameters."""
     quantized: int
-    """Parameters of the linears that bitsandbytes holds in 4 bits: all but the output head and fused experts."""
+    """Parameters of the linears that training holds quantized: all but output head, fused experts and skipped ones."""
     head: int
     """Parameters of the output head's matrix product, tied to the embeddings or not."""
     embeddings: int
@@ -78,10 +79,18 @@ class ModelShapes:
     """Parameters of the largest decoder layer."""
     linears: tuple[LinearShape, ...]
     """The linears that GPTQ quantizes."""
+    quantized_rows: int = 0
+    """Outputs of the linears that count in `quantized`."""
+    left_alone: int = 0
+    """Parameters of linears that would be quantized, but for `model.skip_modules` or a checkpoint that does not."""
+    packed_bytes: int | None = None
+    """Of the linears that count in `quantized`, where training holds them as a checkpoint has packed them."""
+    experts: int = 0
+    """Parameters of fused experts, which stay in 16 bits in training."""
 
     @property
     def unquantized(self) -> int:
-        """Embeddings, output head, norms, biases."""
+        """Embeddings, output head, norms, biases, fused experts, skipped linears."""
         return self.total - self.quantized
 
     @property
@@ -93,7 +102,9 @@ class ModelShapes:
     def active(self) -> int:
         """Parameters that a token is multiplied with, but those of the output head."""
         experts = [linear for linear in self.linears if linear.experts > 1]
-        return self.quantized + round(sum(linear.parameters * linear.tokens_share for linear in experts))
+        return (
+            self.quantized + self.left_alone + round(sum(linear.parameters * linear.tokens_share for linear in experts))
+        )
 
     @property
     def attention_flops(self) -> float:
@@ -135,15 +146,18 @@ def skeleton(config: Any, *, trust_remote_code: bool = False) -> PreTrainedModel
         ) from None
 
 
-def model_shapes(model: PreTrainedModel) -> ModelShapes:
+def model_shapes(model: PreTrainedModel, skipped: Collection[str] = ()) -> ModelShapes:
     """Dimensions and counts of a model (a `skeleton` will do, before an adapter is attached).
+
+    skipped: full names of linears that training does not quantize.
 
     Raises `UserError` when its layers hold nothing that GPTQ can quantize, or weights of an unknown kind.
     """
     text = model.config.get_text_config()
     head = model.get_output_embeddings()
     embeddings: Any = model.get_input_embeddings().weight
-    in_four_bits = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
+    linears = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head}
+    held = [module for name, module in linears.items() if name not in skipped]
     layers = decoder_layers(model)[1]
     return ModelShapes(
         hidden_size=text.hidden_size,
@@ -153,7 +167,10 @@ def model_shapes(model: PreTrainedModel) -> ModelShapes:
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
         vocab_size=text.vocab_size,
         total=model.num_parameters(),
-        quantized=sum(module.weight.numel() for module in in_four_bits),
+        quantized=sum(module.weight.numel() for module in held),
+        quantized_rows=sum(weight_shape(module)[0] for module in held),
+        left_alone=sum(module.weight.numel() for name, module in linears.items() if name in skipped),
+        experts=sum(each.numel() for _, each in fused_parameters(model)),
         head=head.weight.numel(),
         embeddings=0 if embeddings is head.weight else embeddings.numel(),
         largest_tensor=max(parameter.numel() for parameter in model.parameters()),

@@ -10,7 +10,8 @@ output head, where it comes to the layers computed again, or at its end:
                  m·h + m·S + work + (L − 1)·G)
 
 m: tokens of a forward, c of L layers computed again, h: bytes of a hidden state, S: of what a layer keeps per token,
-G: of a layer's gradients, which are all there throughout if forwards came before in the step.
+G: of a layer's gradients, which are all there throughout if forwards came before in the step. Where processes share the
+4-bit weights, static has a part of them and two layers that are whole.
 """
 
 from __future__ import annotations
@@ -36,10 +37,13 @@ from qlora.recipe import Recipe
 
 FOUR_BIT_BYTES = 0.5 + 4 / 64  # codes, and an fp32 absmax per block
 DOUBLE_QUANT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # the absmax in 8 bits, with an fp32 scale per 256 of them
+EIGHT_BIT_ROW_BYTES = 4  # an fp32 scale for each output, beside a byte a weight
 HEAD_TILE = (4096, 32768)  # tokens × vocabulary of TRL's fused output head
 FUSED_HEAD_BYTES = 2**29  # logits of our own at a time
 # Weights/s that are dequantized, once in every forward, backward and recomputation.
 DEQUANTIZE_RATE = {"cuda": 1e12, "cpu": 1e9}
+# Bytes/s in which a device gets what other processes have of a layer, beside what it computes; assumed: PCIe 4.0 x16.
+GATHER_RATE = {"cuda": 2e10, "cpu": 2e9}
 # Seconds of a forward and backward pass that do not depend on its tokens, per layer: kernels that begin and end.
 PASS_SECONDS = {"cuda": 3e-4, "cpu": 1e-3}
 # Seconds per layer in which Python launches the kernels of a pass, while others run.
@@ -63,11 +67,14 @@ class Trained:
     """Mean tokens that a token's row has."""
     measured: float | None = None
     """Bytes that a layer was found to keep per token; by formula where there is none."""
+    shards: int = 1
+    """Processes that share the 4-bit weights."""
 
     @property
     def fused(self) -> bool:
-        """Whether layers train on the fused path, and keep less."""
-        return self.machine.on_gpu and self.recipe.train.kernels == "auto"
+        """Whether layers train on the fused path, and keep less. It does not take int8."""
+        on_gpu = self.machine.on_gpu and self.recipe.train.kernels == "auto"
+        return on_gpu and self.recipe.model.quantization != "int8"
 
     @property
     def rate(self) -> Rate:
@@ -95,7 +102,7 @@ class Trained:
 
     def with_dense(self, one: Pass, budget: int) -> Pass:
         """The same with as many layers' weights in 16 bits too as the budget has room for."""
-        if not self.fused or not self.quantized:
+        if not self.fused or not self.quantized or self.shards > 1:
             return one
         layers = self.shapes.layers
         every = replace(one, dense=layers)
@@ -114,13 +121,19 @@ class Trained:
         on_host = itemsize * shapes.embeddings if one.offloaded and self.fused else 0
         copies = itemsize if self.fused else 0
         return {
-            "base": base_bytes(self.recipe, shapes) - on_host,
+            "base": base_bytes(self.recipe, shapes, self.shards) - on_host,
+            "two layers that are gathered": 2 * self._packed_bytes // shapes.layers if self.shards > 1 else 0,
             "adapter and optimizer": (3 * BYTES[self.recipe.lora.dtype] + copies) * self.adapter.trainable,
             **max(self._moments(one), key=lambda parts: sum(parts.values())),
             "workspaces of cuBLAS": WORKSPACES if self.machine.on_gpu else 0,
-            "dequantized weights": round(dequantized * max(linear.parameters for linear in shapes.linears)),
+            "dequantized weights": round(dequantized * self._largest_dequantized),
             "weights in 16 bits too": itemsize * self.quantized * one.dense // shapes.layers,
         }
+
+    @property
+    def _largest_dequantized(self) -> int:
+        """Weights of the largest linear; experts are in 16 bits."""
+        return max((linear.parameters for linear in self.shapes.linears if linear.experts == 1), default=0)
 
     def _moments(self, one: Pass) -> Iterator[dict[str, int]]:
         """What of a backward is live at its beginning, where it comes to layers computed again, and at its end."""
@@ -158,7 +171,12 @@ class Trained:
         dequantizing = (2 + share) * packed / DEQUANTIZE_RATE[device]
         slower = OFFLOADING_SLOWER if one.offloaded else 1
         busy = slower * self._computing(one) + dequantizing + PASS_SECONDS[device] * self.shapes.layers
-        return max(busy, LAUNCH_SECONDS * self.shapes.layers) if self.fused else busy
+        gathering = 2 * (1 - 1 / self.shards) * self._packed_bytes / GATHER_RATE[device]  # forward and backward
+        return max(busy, gathering, LAUNCH_SECONDS * self.shapes.layers if self.fused else 0.0)
+
+    @property
+    def _packed_bytes(self) -> int:
+        return packed_bytes(self.recipe, self.shapes)
 
     def launch_bound(self, one: Pass) -> bool:
         """Whether a GPU is done with kernels before the next are launched."""
@@ -240,10 +258,19 @@ def plan(trained: Trained, divisions: Iterable[tuple[int, int]], step_tokens: fl
     return fastest[1] if fastest else smallest
 
 
-def base_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
-    """The frozen base as training holds it."""
+def base_bytes(recipe: Recipe, shapes: ModelShapes, shards: int = 1) -> int:
+    """The frozen base as one of `shards` processes holds it that share its 4-bit weights."""
     rest = BYTES[recipe.model.dtype]
     if recipe.model.quantization == "none":
         return shapes.total * rest
-    per_parameter = DOUBLE_QUANT_BYTES if recipe.model.double_quant else FOUR_BIT_BYTES
-    return round(per_parameter * shapes.quantized) + rest * shapes.unquantized
+    return packed_bytes(recipe, shapes) // shards + rest * shapes.unquantized
+
+
+def packed_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
+    """All weights that are quantized, with their scales."""
+    if recipe.model.quantization == "int8":
+        return shapes.quantized + EIGHT_BIT_ROW_BYTES * shapes.quantized_rows
+    if recipe.model.quantization == "checkpoint":
+        assert shapes.packed_bytes is not None, "shapes are those of training"
+        return shapes.packed_bytes
+    return round((DOUBLE_QUANT_BYTES if recipe.model.double_quant else FOUR_BIT_BYTES) * shapes.quantized)

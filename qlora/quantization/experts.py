@@ -28,15 +28,21 @@ FusedExperts: TypeAlias = Any
 """A module with these parameters and `act_fn`; every architecture of transformers has a class of its own."""
 
 
+class _Linear(nn.Linear):
+    """Without the drawing of first values, which takes most of the time for thousands of experts, even of no data."""
+
+    def reset_parameters(self) -> None:
+        pass
+
+
 class Expert(nn.Module):
     """One expert: three linears without data on the meta device."""
 
     def __init__(self, width: int, inner: int, act_fn: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        with torch.device("meta"):
-            self.gate_proj = nn.Linear(width, inner, bias=False, dtype=dtype)
-            self.up_proj = nn.Linear(width, inner, bias=False, dtype=dtype)
-            self.down_proj = nn.Linear(inner, width, bias=False, dtype=dtype)
+        self.gate_proj = _Linear(width, inner, bias=False, dtype=dtype, device="meta")
+        self.up_proj = _Linear(width, inner, bias=False, dtype=dtype, device="meta")
+        self.down_proj = _Linear(inner, width, bias=False, dtype=dtype, device="meta")
         self.act_fn = act_fn
 
     def forward(self, x_TD: torch.Tensor) -> torch.Tensor:

@@ -37,7 +37,7 @@ class Skeleton:
             fix = "name the merged 16-bit directory"
             raise UserError("this model is already quantized", str(source.directory), fix)
         self.dtype: torch.dtype = config.dtype or _prevailing_dtype(self.reader)
-        with _ParametersWithoutData():
+        with ParametersWithoutData():
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(
                 config,
                 dtype=self.dtype,
@@ -144,7 +144,7 @@ def _prevailing_dtype(reader: TensorSource) -> torch.dtype:
     return sizes.most_common(1)[0][0]
 
 
-class _ParametersWithoutData(TorchFunctionMode):
+class ParametersWithoutData(TorchFunctionMode):
     """Sends `torch.empty` to the meta device: linears and embeddings get no memory, computed buffers are real."""
 
     def __torch_function__(

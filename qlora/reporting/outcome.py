@@ -39,11 +39,18 @@ def quantized_label(section: Quantize, metrics: Mapping[str, Any]) -> str:
 
 def ladder_notes(recipe: Recipe) -> list[str]:
     """What the ladder of this recipe does not show, and why."""
-    if recipe.merge.write:
-        return []
-    note = "merged: not measured, because merge.write is false and it is not on disk; the gate merge_kl did not apply"
-    checked = "; every 4-bit code of the base was compared with that of training"
-    return [note + (checked if recipe.model.quantization != "none" else "")]
+    quantization = recipe.model.quantization
+    if not recipe.merge.write:
+        note = "merged: not measured, because merge.write is false and it is not on disk; merge_kl did not apply"
+        kinds = {"none": None, "checkpoint": "every weight", "int8": "every 8-bit code"}
+        compared = kinds.get(quantization, "every 4-bit code")
+        return [note + (f"; {compared} of the base was compared with that of training" if compared else "")]
+    if quantization == "int8":
+        return [
+            "merged: on a GPU, int8 quantizes inputs of layers in training and not after the merge, which is part of "
+            "this KL; the gate merge_kl did not apply"
+        ]
+    return []
 
 
 def quantize_notes(metrics: Mapping[str, Any]) -> list[str]:

@@ -62,9 +62,12 @@ def _base(base: BaseFacts) -> str:
     size = f"{base.weight_bytes / 2**30:.2f} GiB on disk" if base.weight_bytes else "weights not downloaded yet"
     revision = f" at {base.revision[:12]}" if base.revision else ""
     adapter = f"; adapter {base.adapter_parameters / 1e6:,.2f} M" if base.adapter_parameters is not None else ""
+    held = f"{base.quantized_parameters / 1e6:,.1f} M "
+    held += "as the checkpoint packs them" if base.quantization == "checkpoint" else f"in {base.quantization}"
+    held = "all in 16 bits" if base.quantization == "none" else held
     return escape(
         f"base   {base.id}{revision}: {base.architecture}, {base.parameters / 1e6:,.1f} M parameters "
-        f"({base.quantized_parameters / 1e6:,.1f} M in 4 bits), {size}{adapter}"
+        f"({held}), {size}{adapter}"
     )
 
 

@@ -16,19 +16,19 @@ from functools import wraps
 from typing import Any
 
 import torch
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear8bitLt
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qlora.kernels.float8 import Float8Weight, takes
-from qlora.kernels.four_bit import FourBitWeight, dequantize
 from qlora.kernels.gated_mlp import Activation, gated_mlp
 from qlora.kernels.head_loss import head_loss
 from qlora.kernels.lora_linears import Copies, FrozenLinear, free_buffers, lora_linears
 from qlora.kernels.norms import SOURCE, fuse_rms_norms
 from qlora.kernels.rotary import learns, rotate
+from qlora.models.frozen import QUANTIZED, compute_dtype, dense_weight, is_known, kernel_weight
 from qlora.training.residual import ADDS_RESIDUAL, fuse_layers
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -199,7 +199,9 @@ def obstacle(layer: LoraLayer) -> str | None:
         return "dropout"
     if layer.lora_bias.get(name):
         return "a bias in the adapter"
-    if not isinstance(base, (Linear4bit, nn.Linear)) or (type(base) is not nn.Linear and type(base) is not Linear4bit):
+    if isinstance(base, Linear8bitLt):
+        return "a base in int8, which bitsandbytes multiplies with in 8 bits"
+    if not is_known(base):
         return f"a base layer of another kind ({type(base).__name__})"
     return None
 
@@ -212,21 +214,19 @@ class _Layer:
         (self._adapter,) = module.active_adapters
         self.plain: Callable[..., torch.Tensor] = self.module.forward
         base = module.get_base_layer()
-        self.quantized = isinstance(base, Linear4bit)
+        self.quantized = isinstance(base, QUANTIZED)
         self._base: Any = base
         self._float8 = float8 and takes(base.out_features, base.in_features)
         self._kept: torch.Tensor | Float8Weight | None = None
 
     def keep_dense(self) -> None:
         if self.quantized:
-            weight = dequantize(FourBitWeight.of(self._base.weight), self._base.compute_dtype)
+            weight = dense_weight(self._base, self.dtype)
             self._kept = Float8Weight.of(weight) if self._float8 else weight
 
     @property
     def frozen(self) -> FrozenLinear:
-        weight = self._base.weight if self._kept is None else self._kept
-        if self.quantized and self._kept is None:
-            weight = FourBitWeight.of(self._base.weight)
+        weight = kernel_weight(self._base) if self._kept is None else self._kept
         return FrozenLinear(weight, self._base.bias, self.module.scaling[self._adapter], self._float8)
 
     @property
@@ -236,8 +236,7 @@ class _Layer:
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in."""
-        found: torch.dtype = self._base.compute_dtype if self.quantized else self._base.weight.dtype
-        return found
+        return compute_dtype(self._base)
 
     def takes(self, x: torch.Tensor) -> bool:
         """Whether the fused path computes what PEFT would for this input, as things stand."""

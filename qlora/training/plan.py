@@ -46,6 +46,8 @@ class TrainingPlan:
     """Bytes by formula of what is live at the peak, without the process and slack."""
     launch_bound: bool
     """Whether a GPU would wait for kernels to be launched."""
+    shards: int = 1
+    """Processes that share the 4-bit base."""
 
     @property
     def division(self) -> Division:
@@ -61,6 +63,7 @@ class TrainingPlan:
         again += " from inputs in host memory" if one.offloaded else ""
         if one.dense:
             again += f", weights of {one.dense} of {self.layers} layers in 16 bits too"
+        again += f", the base shared by {self.shards} processes" if self.shards > 1 else ""
         sizes = f"about {self.memory.peak / 2**30:.1f} GiB of {self.budget / 2**30:.1f}"
         return f"{forwards} of up to {one.tokens:,} tokens a step, {again}, {sizes}"
 
@@ -120,7 +123,10 @@ def plan_training(
         schedules = (Schedule(row_tokens, rows, forwards, processes, recipe.seed, padded) for forwards in counts)
     found = {schedule.forwards: (schedule, schedule.longest(epochs)) for schedule in schedules}
     total = sum(row_tokens)
-    trained = Trained(recipe, shapes, adapter, machine, sum(length**2 for length in row_tokens) / total, measured)
+    sequence, shards = sum(length**2 for length in row_tokens) / total, processes if train.shard else 1
+    trained = Trained(recipe, shapes, adapter, machine, sequence, measured, shards)
+    if before is not None and shards > 1:
+        before = replace(before, dense=0)
     divisions = [(forwards, longest) for forwards, (_, longest) in found.items()]
     if before is not None:
         schedule = Schedule(row_tokens, rows, before.forwards, processes, recipe.seed, padded)
@@ -143,6 +149,7 @@ def plan_training(
         peak,
         trained.parts(largest),
         trained.launch_bound(largest),
+        shards,
     )
 
 
@@ -175,7 +182,10 @@ def plan_batches(
         )
     budget = round(SHARE_OF_FREE * free) if train.memory == "auto" else round(train.memory * 2**30)
     mean = sum(row_tokens) / len(row_tokens)
-    trained = Trained(recipe, shapes, adapter, machine, sum(length**2 for length in row_tokens) / sum(row_tokens))
+    sequence, shards = sum(length**2 for length in row_tokens) / sum(row_tokens), processes if train.shard else 1
+    trained = Trained(recipe, shapes, adapter, machine, sequence, shards=shards)
+    if before is not None and shards > 1:
+        before = replace(before, dense=0)
     found: list[tuple[bool, float, Plan]] = []
     own = rows // processes
     for forwards in (count for count in range(1, own + 1) if own % count == 0 and own // count >= min(fewest, own)):
@@ -204,6 +214,7 @@ def plan_batches(
         None if machine.peak is None else machine.peak * processes,
         trained.parts(chosen.largest),
         False,
+        shards,
     )
 
 

@@ -27,13 +27,15 @@ from qlora.data.store import Rows
 from qlora.measure import free_for_training
 from qlora.models.adapter_beginning import begin
 from qlora.models.base import Base
-from qlora.models.loading import DTYPES, attach_adapter, load_base
+from qlora.models.held import training_shapes
+from qlora.models.loading import DTYPES, attach_adapter, load_for_training
 from qlora.models.resources import machine_of
-from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
+from qlora.models.shapes import AdapterShapes, skeleton
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.columns import IDS, on_disk
 from qlora.training.fused import fuse
+from qlora.training.launch import shared_base
 from qlora.training.plan import Division, TrainingPlan, plan_batches
 
 log = logging.getLogger(__name__)
@@ -58,9 +60,10 @@ def build_trainer(
 ) -> Any:
     """TRL's trainer of `train.method`, with the plan of its batches as `plan`."""
     train = recipe.train
-    model = attach_adapter(load_base(base.directory, recipe.model, device, quantized=True), recipe.lora)
     config: Any = training_arguments(recipe, device, checkpoints, has_eval=eval_rows is not None)
-    plan = _plan(recipe, rows, model, config, device, checkpoints)
+    sharding = shared_base(recipe, config)
+    model = attach_adapter(load_for_training(base, recipe.model, device, sharding), recipe.lora)
+    plan = _plan(recipe, base, rows, model, config, device, checkpoints)
     largest = plan.memory.largest
     together = plan.schedule.rows_per_step // config.world_size // plan.memory.forwards
     config.per_device_train_batch_size = together
@@ -96,6 +99,8 @@ def build_trainer(
             fused.keep_dense(largest.dense / plan.layers)
         for reason, layers in fused.plain.items():
             log.info("%d adapter layers train on the plain path: %s", layers, reason)
+    if sharding is not None:
+        sharding.leave_out_of_ddp(model)
     return trainer
 
 
@@ -111,8 +116,11 @@ def longest_of(rows: Rows) -> int:
     return 2 * int(np.maximum(rows.column("length"), worse_N).max())
 
 
-def _plan(recipe: Recipe, rows: Rows, model: Any, config: Any, device: str, checkpoints: Path) -> TrainingPlan:
+def _plan(
+    recipe: Recipe, base: Base, rows: Rows, model: Any, config: Any, device: str, checkpoints: Path
+) -> TrainingPlan:
     kept = checkpoints / PLAN
+    bare = skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)
     free = free_for_training(device)
     if config.world_size > 1:
         free = min(gather_object([free]))
@@ -121,7 +129,7 @@ def _plan(recipe: Recipe, rows: Rows, model: Any, config: Any, device: str, chec
         rows.tokens,
         longest_of(rows),
         config.world_size,
-        model_shapes(skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)),
+        training_shapes(bare, recipe.model, base.packed or base.directory),
         AdapterShapes(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)),
         machine_of(device),
         free,

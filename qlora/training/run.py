@@ -20,6 +20,7 @@ from qlora.errors import UserError
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES
 from qlora.models.provenance import Provenance, QuantizationSettings, write_provenance
+from qlora.models.sharding import sharding_of
 from qlora.models.starting_adapter import require_base
 from qlora.recipe import Recipe
 from qlora.training import preference, sft
@@ -27,6 +28,7 @@ from qlora.training.arguments import PLAN, trainable
 from qlora.training.best import BEST, KeepBest
 from qlora.training.callbacks import COMPLETE, MarkComplete, Report, Reporter
 from qlora.training.profile import ProfileStep
+from qlora.training.saved import require_one_adapter, require_whole_adapter
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ def train_adapter(
         if recipe.lora.start_from is not None:
             require_base(provenance, recipe.lora)
         write_json(checkpoints / PLAN, asdict(trainer.plan.division))
+    elif (sharding := sharding_of(trainer.accelerator.unwrap_model(trainer.model))) is not None:
+        sharding.walk()
     report = Report(reporter, device, trainer.plan, resumed_from=last.name if last else None)
     trainer.add_callback(report)
     trainer.add_callback(MarkComplete())
@@ -66,6 +70,7 @@ def train_adapter(
         raise UserError(
             "training diverged: the adapter holds NaN or infinite numbers", "train.learning_rate", "lower it"
         )
+    require_one_adapter(trainable(trainer), trainer.args.world_size)
     totals = {"steps": result.global_step, "mean_loss": result.training_loss, "processes": trainer.args.world_size}
     if output is not None:
         if best is not None and recipe.train.keep_best:
@@ -101,6 +106,7 @@ def _write_adapter(trainer: Any, tokenizer: Any, base: Base, output: Path) -> No
         model.delete_adapter(preference.REFERENCE)
     model.peft_config["default"].base_model_name_or_path = base.id
     model.save_pretrained(output, save_embedding_layers=False)
+    require_whole_adapter(model, output)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     tokenizer.save_pretrained(output)
 
@@ -112,11 +118,7 @@ def write_base(model: Any, recipe: Recipe, base: Base, output: Path) -> Provenan
         output / "base.json",
         base_id=base.id,
         revision=base.revision,
-        settings=QuantizationSettings(
-            quant_type=recipe.model.quantization,
-            double_quant=recipe.model.double_quant,
-            compute_dtype=DTYPES[recipe.model.dtype],
-        ),
+        settings=QuantizationSettings.of(recipe.model, DTYPES[recipe.model.dtype]),
     )
 
 

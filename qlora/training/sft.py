@@ -22,15 +22,17 @@ from qlora.data.store import Rows
 from qlora.measure import free_for_training
 from qlora.models.adapter_beginning import begin
 from qlora.models.base import Base
-from qlora.models.loading import DTYPES, attach_adapter, load_base
+from qlora.models.held import training_shapes
+from qlora.models.loading import DTYPES, attach_adapter, load_for_training
 from qlora.models.resources import machine_of
-from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
+from qlora.models.shapes import AdapterShapes, skeleton
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.columns import IDS, on_disk
 from qlora.training.fused import Fused, fuse, fuse_head
 from qlora.training.graphs import Room
 from qlora.training.host_embedding import keep_embeddings_on_host
+from qlora.training.launch import shared_base
 from qlora.training.neftune import add_noise
 from qlora.training.packed import allow_packed
 from qlora.training.plan import Division, TrainingPlan, plan_training
@@ -52,16 +54,17 @@ def build_trainer(
     checkpoints: Path,
 ) -> Trainer:
     """The 4-bit base with a fresh adapter, and the rows, in a trainer."""
-    model = attach_adapter(load_base(base.directory, recipe.model, device, quantized=True), recipe.lora)
+    config: Any = training_arguments(recipe, device, checkpoints, has_eval=eval_rows is not None)
+    sharding = shared_base(recipe, config)
+    model = attach_adapter(load_for_training(base, recipe.model, device, sharding), recipe.lora)
     fast = recipe.train.kernels == "auto"
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
     fused = fuse(model, float8=recipe.model.compute_dtype == "float8") if fast and device.startswith("cuda") else None
-    config: Any = training_arguments(recipe, device, checkpoints, has_eval=eval_rows is not None)
     row_tokens = rows.lengths
     kept = checkpoints / PLAN
     before = Division(**read_json(kept)) if kept.is_file() else None
-    plan = _plan(recipe, row_tokens, model, config, device, padded=cannot_pack is not None, before=before)
+    plan = _plan(recipe, base, row_tokens, model, config, device, padded=cannot_pack is not None, before=before)
     largest = plan.memory.largest
     recompute_first(model.get_base_model(), largest.recomputed, offload=largest.offloaded)
     if fused is not None and largest.dense:
@@ -100,11 +103,14 @@ def build_trainer(
     for parameter in trainable(trainer):
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
     begin(model, recipe.lora, base.directory)
+    if sharding is not None:
+        sharding.leave_out_of_ddp(model)
     return trainer
 
 
 def _plan(
     recipe: Recipe,
+    base: Base,
     row_tokens: Sequence[int],
     model: Any,
     config: SFTConfig,
@@ -114,7 +120,8 @@ def _plan(
     before: Division | None,
 ) -> TrainingPlan:
     """The same on every process: in the memory of the one that has least, with what layers were found to keep."""
-    shapes = model_shapes(skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code))
+    bare = skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)
+    shapes = training_shapes(bare, recipe.model, base.packed or base.directory)
     recompute_first(model.get_base_model(), 0)
     measured = kept_bytes_per_token(model, shapes.layers, packed=not padded)
     free = free_for_training(device)

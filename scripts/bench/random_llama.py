@@ -25,6 +25,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 2,
         "vocab_size": 512,
     },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "tie_word_embeddings": True,
+    },
     "llama-2-7b": {
         "hidden_size": 4096,
         "intermediate_size": 11008,
@@ -164,14 +173,21 @@ def write_index(directory: Path, weight_map: dict[str, str]) -> None:
 
 def write_side_files(sizes: dict[str, Any], layers: int, directory: Path) -> None:
     """config.json and a tokenizer whose tokens are bytes, since some engines want one."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, PreTrainedTokenizerFast
+    from transformers import LlamaConfig
 
     sizes = sizes | {"num_hidden_layers": layers, "max_position_embeddings": 4096}
     sizes.setdefault("tie_word_embeddings", False)
     config = LlamaConfig(**sizes, bos_token_id=0, eos_token_id=1, pad_token_id=1, dtype="bfloat16")
     config.architectures = ["LlamaForCausalLM"]
     config.save_pretrained(directory)
+    write_byte_tokenizer(directory)
+
+
+def write_byte_tokenizer(directory: Path) -> None:
+    """A tokenizer whose tokens are bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     words = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     backend = Tokenizer(models.BPE(vocab={word: number for number, word in enumerate(words)}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

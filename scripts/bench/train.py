@@ -135,17 +135,10 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     if job["gpu_memory"]:
         limit_gpu(job["gpu_memory"])
     trainer = {"ours": ours, "trl": trl, "unsloth": unsloth}[job["engine"]](job)
-    times: list[float] = []
     on_gpu = job["device"] != "cpu"
-    trainer.add_callback(_timer(times, on_gpu))
     if job["profile"]:
         trainer.add_callback(ProfileStep(Path(job["profile"]), on_gpu=on_gpu))
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    trainer.train()
-    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
-    if not logs or any(not float(entry["grad_norm"]) > 0 for entry in logs):
-        raise RuntimeError("a step without a gradient")
+    times, logs = run_steps(trainer, on_gpu=on_gpu)
     plan = getattr(trainer, "plan", None)
     tokens = sum(len(row["input_ids"]) for row in token_rows(job))
     positions = plan.schedule.work(job["steps"])[-1][1] if plan else padded_positions(job)
@@ -153,13 +146,35 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
         "tokens_per_second": tokens / job["steps"] / statistics.median(times[min(WARM_UP, len(times) - 1) :]),
         "share": tokens / positions,
         "step_seconds": times,
-        "allocated": torch.cuda.max_memory_allocated() / GIB if on_gpu else host_peak_gib(),
-        "reserved": torch.cuda.max_memory_reserved() / GIB if on_gpu else 0.0,
+        **peak_memory(on_gpu=on_gpu),
         "expected": sum(plan.parts.values()) / GIB if plan else None,
         "parts": plan.parts if plan else None,
         "plan": plan.text if plan else None,
         "losses": [entry["loss"] for entry in logs],
         "grad_norms": [float(entry["grad_norm"]) for entry in logs],
+    }
+
+
+def run_steps(trainer: Any, *, on_gpu: bool) -> tuple[list[float], list[dict[str, Any]]]:
+    """Train; seconds of each step, and what was logged. Raises unless every step that was logged had a gradient."""
+    times: list[float] = []
+    trainer.add_callback(_timer(times, on_gpu))
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "grad_norm" in entry]
+    if not logs or any(not float(entry["grad_norm"]) > 0 for entry in logs):
+        raise RuntimeError("a step without a gradient")
+    return times, logs
+
+
+def peak_memory(*, on_gpu: bool) -> dict[str, float | None]:
+    """GiB since training began; of the process, where there is no GPU."""
+    if not on_gpu:
+        return {"allocated": host_peak_gib(), "reserved": 0.0}
+    return {
+        "allocated": torch.cuda.max_memory_allocated() / GIB,
+        "reserved": torch.cuda.max_memory_reserved() / GIB,
     }
 
 

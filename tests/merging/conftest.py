@@ -14,7 +14,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, Qwen2Config
 
+from qlora.models.loading import train_as_measured
 from qlora.models.provenance import FILE_NAME, QuantizationSettings, write_provenance
+
+THRESHOLD = 6.0  # of int8
 
 
 @pytest.fixture(autouse=True)
@@ -71,12 +74,15 @@ def load_base(directory: Path, quant_type: str, compute_dtype: torch.dtype, devi
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=compute_dtype,
     )
+    if quant_type == "int8":
+        quantization = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=THRESHOLD)
     options = {} if quant_type == "none" else {"quantization_config": quantization}
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=compute_dtype, device_map={"": device}, **options)
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             # Otherwise the first forward in eval mode repacks the weights.
             module.support_avx512bf16_for_cpu = False
+    train_as_measured(model)
     return model
 
 
@@ -106,7 +112,8 @@ def train(tmp_path: Path, save_base: Callable[..., Path]) -> Callable[..., Train
                 parameter.data.add_(noise * scale)
         adapter = tmp_path / "adapter"
         peft_model.save_pretrained(adapter)
-        settings = QuantizationSettings(quant_type, quant_type != "none", compute_dtype)
+        threshold = THRESHOLD if quant_type == "int8" else None
+        settings = QuantizationSettings(quant_type, quant_type != "none", compute_dtype, int8_threshold=threshold)
         write_provenance(peft_model, adapter / FILE_NAME, base_id="tiny/base", revision="abc", settings=settings)
         return Trained(peft_model, base, adapter)
 

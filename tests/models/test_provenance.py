@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
+from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Qwen2Config
@@ -66,6 +66,7 @@ def test_names_every_linear_layer_and_digests_its_codes(tmp_path: Path) -> None:
         "compute_dtype": "bfloat16",
         "blocksize": 64,
         "quant_storage": "uint8",
+        "int8_threshold": None,
     }
     weight = load_file(base / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     codes, state = quantize_4bit(weight, quant_type="nf4")
@@ -122,10 +123,21 @@ def test_repacked_weights_are_not_digested(tmp_path: Path) -> None:
         write(model, tmp_path / "b.json")
 
 
-def test_8_bit_layers_are_refused(tmp_path: Path) -> None:
-    model = load(save_base(tmp_path / "base"), load_in_8bit=True)
-    with pytest.raises(UserError, match="8-bit layers cannot be merged"):
-        write(model, tmp_path / "b.json")
+def test_8_bit_codes_are_digested_before_and_after_they_were_used(tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    model = load(base, load_in_8bit=True)
+    int8 = QuantizationSettings("int8", False, torch.bfloat16, int8_threshold=6.0)
+    before = write(model, tmp_path / "b.json", int8)
+    recorded = before["quantized"]["model.layers.0.mlp.up_proj"]
+    weight = load_file(base / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    codes, scales, _ = int8_vectorwise_quant(weight.to(torch.float16))
+    assert recorded["sha256"] == hashlib.sha256(codes.numpy().tobytes()).hexdigest()
+    assert recorded["absmax_mean"] == pytest.approx(scales.mean().item(), rel=1e-6)
+    model(torch.arange(8)[None])  # bitsandbytes moves codes and scales elsewhere
+    assert write(get_peft_model(model, LoraConfig(target_modules="all-linear")), tmp_path / "b.json", int8) == before
+    for wrong in ({"quant_type": "nf4"}, {"int8_threshold": 0.0}):
+        with pytest.raises(ValueError, match="quantized"):
+            write(model, tmp_path / "b.json", replace(int8, **wrong))
 
 
 def test_rows_that_end_inside_a_block_are_refused_where_they_are_dequantized_wrongly(tmp_path: Path) -> None:

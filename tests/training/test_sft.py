@@ -1,14 +1,7 @@
-"""Training: gradients survive evaluations, labels are what was rendered, packing changes nothing, processes agree."""
-
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
+"""Training: gradients survive evaluations, labels are what was rendered, packing changes nothing."""
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from qlora.artifacts import read_json
@@ -293,51 +286,6 @@ def test_quantized_base_is_as_bitsandbytes_makes_it(tiny_recipe):
     assert len(layers) == 14
     assert all(layer.weight.quant_state.quant_type == "nf4" and layer.weight.quant_state.nested for layer in layers)
     assert all(layer.compute_dtype == torch.bfloat16 for layer in layers)
-
-
-@pytest.mark.parametrize("launch", ["slurm", "recipe"])
-def test_two_processes_train_the_same_adapter_as_one(tiny_recipe, tmp_path, launch):
-    """Same rows per step on 1 and 2 processes, in fp32: the adapters agree. Only one process writes."""
-    sections = {
-        "model": {"compute_dtype": "float32"},
-        "train": {"max_steps": 3, "micro_batch_tokens": 64, "learning_rate": 1e-3, "gradient_checkpointing": True},
-    }
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
-    path = tiny_recipe(**sections)
-    alone = load_recipe(path, (f"output_dir={tmp_path / '1'}",))
-    Pipeline(alone).run_stage("train")
-    options = [str(path), f"output_dir={tmp_path / '2'}"]
-    command = [sys.executable, "-m", "qlora", "train", *options, "train.processes=2"]
-    if launch == "slurm":
-        environment |= two_machines(tmp_path / "bin")
-        command = ["bash", "recipes/accelerate/slurm.sh", *options]
-    where = Path(__file__).parents[2]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, cwd=where)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("train      …") == 1
-    adapters = []
-    for processes in (1, 2):
-        run_dir = tmp_path / str(processes) / "tiny"
-        adapters.append(load_file(run_dir / "adapter" / "adapter_model.safetensors"))
-        metrics = read_json(run_dir / "lineage.json")["stages"]["train"]["metrics"]
-        assert (metrics["processes"], metrics["steps"]) == (processes, 3)
-    for name, tensor in adapters[0].items():
-        torch.testing.assert_close(adapters[1][name], tensor, rtol=2e-3, atol=2e-4)
-
-
-def two_machines(directory: Path) -> dict[str, str]:
-    """The environment of a job on two machines of one GPU each, of which both are this one."""
-    directory.mkdir()
-    tasks = 'set -e; SLURM_NODEID=0 "${@:2}" & first=$!; SLURM_NODEID=1 "${@:2}"; wait $first'
-    for name, body in {"scontrol": "echo 127.0.0.1; echo 127.0.0.1", "srun": tasks}.items():
-        (directory / name).write_text(f"#!/bin/bash\n{body}\n")
-        (directory / name).chmod(0o755)
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = one.getsockname()[1]
-    path = os.pathsep.join([str(directory), str(Path(sys.executable).parent), os.environ["PATH"]])
-    job = {"SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1"}
-    return job | {"PATH": path, "PORT": str(port)}
 
 
 def test_a_profile_is_a_trace_and_a_table(tiny_recipe, tmp_path):
