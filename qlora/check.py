@@ -15,13 +15,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from qlora.data.formats import read_examples
+from qlora.data.index import ProgressCallback, read_index
 from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.methods import unfit_rows
-from qlora.data.preparation import PreparedData, render_examples
-from qlora.data.rendering import RenderedRow
-from qlora.data.sources import SHOWN
+from qlora.data.preparation import PreparedData, render_rows
 from qlora.data.splits import read_splits
+from qlora.data.store import Rows as RenderedRows
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
 from qlora.merging.combination import combined_parameters
@@ -100,6 +99,8 @@ class CheckReport:
     calibration: list[CalibrationPart] = field(default_factory=list)
     steps: int | None = None
     rows_per_step: int | None = None
+    seen_tokens: int | None = None
+    """Of all steps together, whatever a method computes with them."""
     training: str | None = None
     """How a step is divided, and what is computed again."""
     stages: list[StageEstimate] = field(default_factory=list)
@@ -122,8 +123,8 @@ class CheckReport:
             raise WillNotFit(self.shortfalls)
 
 
-def check(recipe: Recipe) -> CheckReport:
-    """Look at everything the recipe names. Problems are collected in the report, not raised."""
+def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckReport:
+    """Look at everything the recipe names. Problems are collected in the report, not raised. progress: of rows."""
     problems: list[Problem] = []
     attempt = _Attempts(problems)
     device = attempt(pick_device, recipe.device) or "cpu"
@@ -133,7 +134,7 @@ def check(recipe: Recipe) -> CheckReport:
     with parse_gguf_once() if base and base.gguf_file else nullcontext():
         tokenizer, tokens = (attempt(_tokenizer, base, recipe) if base else None) or (None, None)
         shapes, adapter = _look_at_model(recipe, base, tokens, report, attempt) if base else (None, None)
-    train, evaluation = _look_at_data(recipe, tokenizer, report, attempt)
+    train, evaluation = _look_at_data(recipe, tokenizer, report, attempt, progress)
     problems += _missing_packages(recipe)
     report.warnings += _notes(recipe)
     if train is None or not train.rows:
@@ -142,12 +143,12 @@ def check(recipe: Recipe) -> CheckReport:
         problem
         for split in (train, evaluation)
         if split is not None
-        for problem in unfit_rows(recipe.train.method, split)[:SHOWN]
+        for problem in unfit_rows(recipe.train.method, split).problems
     ]
     if unfit:
         report.problems += unfit
         return report
-    lengths = [row.tokens for row in train.rows]
+    lengths = train.rows.lengths if recipe.train.method == "sft" else train.rows.tokens
     attempt(rows_per_step, recipe, lengths, recipe.train.processes)
     attempt(require_processes, recipe, recipe.train.processes)
     attempt(training_arguments, recipe, device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
@@ -161,7 +162,7 @@ def check(recipe: Recipe) -> CheckReport:
         else:
             longest, fewest = longest_of(train.rows), fewest_rows(recipe.train.method)
             plan = attempt(plan_batches, recipe, lengths, longest, *asked, fewest=fewest)
-    held_out = evaluation.rows if evaluation else ()
+    held_out = evaluation.rows if evaluation else None
     assert tokenizer is not None, "rows were rendered with it"
     calibration = attempt(preview_calibration, recipe, train.rows, tokenizer, held_out)
     if calibration is not None:
@@ -170,12 +171,17 @@ def check(recipe: Recipe) -> CheckReport:
             report.warnings += attempt(starved_linears, recipe, shapes, calibration.rows) or []
     if plan is None or calibration is None or shapes is None or adapter is None:
         return report
-    work, report.steps = _workload(recipe, plan, train.rows, calibration, evaluation)
+    work, report.steps = _workload(recipe, plan, lengths, calibration, evaluation)
     report.rows_per_step = plan.schedule.rows_per_step
+    report.seen_tokens = round(work.train_tokens / PASSES[recipe.train.method])
     report.training = plan.text
     report.stages = attempt(estimate_stages, recipe, shapes, adapter, work, report.machine) or []
     if recipe.lora.combine:
-        report.steps, report.training = 0, f"no training: the sum of {len(recipe.lora.combine)} adapters"
+        report.steps, report.seen_tokens, report.training = (
+            0,
+            None,
+            f"no training: the sum of {len(recipe.lora.combine)} adapters",
+        )
         report.stages = [stage for stage in report.stages if stage.stage != "train"]
     report.shortfalls, report.warnings = _shortfalls(report), report.warnings + _slowed(report)
     return report
@@ -268,22 +274,22 @@ def _tokenizer(base: Preview, recipe: Recipe) -> tuple[Any, TrainedTokens | None
 
 
 def _look_at_data(
-    recipe: Recipe, tokenizer: Any, report: CheckReport, attempt: _Attempts
+    recipe: Recipe, tokenizer: Any, report: CheckReport, attempt: _Attempts, progress: ProgressCallback | None
 ) -> tuple[PreparedData | None, PreparedData | None]:
     data = recipe.data
     if tokenizer is None:  # rows that cannot be rendered can still be read
         for source in [*data.train, *([data.eval] if data.eval else [])]:
-            attempt(read_examples, source)
+            attempt(read_index, source, progress)
         return None, None
-    if data.eval is not None and attempt(read_examples, data.eval) is None:
+    if data.eval is not None and attempt(read_index, data.eval, progress) is None:
         data = data.model_copy(update={"eval": None, "eval_share": 0.0})  # the training rows are looked at all the same
-    splits = attempt(read_splits, data)
+    splits = attempt(read_splits, data, progress)
     if splits is None:
         return None, None
-    train = attempt(render_examples, splits.train, tokenizer, data, split_name="train")
+    train = attempt(render_rows, splits.train, tokenizer, data, split_name="train", progress=progress)
     evaluation = None
     if splits.evaluation is not None:
-        evaluation = attempt(render_examples, splits.evaluation, tokenizer, data, split_name="eval")
+        evaluation = attempt(render_rows, splits.evaluation, tokenizer, data, split_name="eval", progress=progress)
     if splits.removed:
         what = f"{splits.removed} training rows are rows of data.eval too, and are not trained on"
         report.warnings.append(Problem(what, "data.train"))
@@ -305,24 +311,23 @@ def _look_at_data(
 def _workload(
     recipe: Recipe,
     plan: TrainingPlan,
-    train: Sequence[RenderedRow],
+    lengths: Sequence[int],
     calibration: CalibrationPreview,
     evaluation: PreparedData | None,
 ) -> tuple[Workload, int]:
     """Tokens per stage, and the number of optimizer steps."""
-    lengths = [row.tokens for row in train]
     per_epoch = plan.schedule.steps_per_epoch
     count = recipe.train.max_steps or max(1, math.ceil(per_epoch * recipe.train.epochs))
-    held_out = evaluation.rows[: recipe.evaluate.rows] if evaluation else []
+    held_out = evaluation.rows[: recipe.evaluate.rows] if evaluation else RenderedRows.of([])
     work = Workload(
         train_tokens=round(PASSES[recipe.train.method] * count * sum(lengths) / per_epoch),
         train_sequence=sum(length**2 for length in lengths) / sum(lengths),
         largest_pass=plan.memory.largest,
         calibration=Rows.of(row.input_ids for row in calibration.rows),
         refinement=Rows.of(row.input_ids for row in calibration.refinement) if calibration.refinement else None,
-        evaluation=Rows.of(row.input_ids for row in held_out),
-        eval_answer_tokens=sum(row.supervised_tokens for row in held_out),
-        eval_longest_answer=max((row.supervised_tokens for row in held_out), default=0),
+        evaluation=Rows(sum(held_out.lengths), max(held_out.lengths, default=0)),
+        eval_answer_tokens=int(held_out.column("supervised").sum()),
+        eval_longest_answer=int(held_out.column("supervised").max(initial=0)),
     )
     return work, count
 

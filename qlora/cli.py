@@ -98,10 +98,11 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
     """What can be known before any GPU time: recipe, data and labels, memory, disk, serving engines."""
     from qlora.check import check as run_check
     from qlora.recipe_file import load_recipe
-    from qlora.reporting.console import console
+    from qlora.reporting.console import StageProgress, console
     from qlora.reporting.preflight import show
 
-    report = run_check(load_recipe(recipe, overrides))
+    with StageProgress("check") as progress:
+        report = run_check(load_recipe(recipe, overrides), progress.update)
     show(report, console())
     report.raise_for_problems()
 

@@ -215,6 +215,7 @@ class Pipeline:
         entry: dict[str, Any] = {"fingerprint": digest(fingerprint), "status": "running", "inputs": fingerprint}
         entry |= {"versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
         with StageProgress(stage.name) as progress, measured() as cost:
+            self.state.progress = progress.update
             if not is_main_process():
                 stage.run(self.state, entry["fingerprint"], None, progress.update)
                 return
@@ -296,7 +297,9 @@ class Pipeline:
 
     @cached_property
     def _digests(self) -> dict[str, Any]:
-        return self.state.digests()
+        with StageProgress("data") as progress:
+            self.state.progress = progress.update
+            return self.state.digests()
 
     def _what_changed(self, stage: Stage) -> str:
         """` because lora.r, data.train changed`, or an empty string."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -71,6 +72,8 @@ class Source(Section):
     """Split of a hub data set."""
     revision: str | None = None
     """Revision of a hub data set."""
+    stream: bool = False
+    """Read a hub data set over the network, twice, instead of downloading it. Needs a commit as `revision`."""
     format: Literal[
         "auto", "messages", "conversations", "prompt_completion", "instruction", "text", "preference", "kto"
     ] = "auto"
@@ -81,6 +84,12 @@ class Source(Section):
     """Use only the first rows."""
     weight: Annotated[float, Field(gt=0, le=100)] = 1.0
     """How often each row comes in an epoch: 2 twice, 0.25 a quarter of the rows, always the same ones."""
+
+    @model_validator(mode="after")
+    def _streams_of_a_commit(self) -> Source:
+        if self.stream and not re.fullmatch("[0-9a-f]{40}", self.revision or ""):
+            raise ValueError("stream reads rows more than once: set revision to a commit, so that they are the same")
+        return self
 
 
 class Data(Section):
@@ -100,6 +109,8 @@ class Data(Section):
     """Cut rows that are too long on the right, or leave them out. Either is counted and reported."""
     chat_template: str | None = None
     """A named template (chatml, llama-3, …) or a .jinja file. Default: the tokenizer's own."""
+    template_options: dict[str, bool | int | float | str] = {}
+    """What else the template is given, as a server will: `{enable_thinking: false}` of Qwen3."""
 
 
 class Weighted(Section):

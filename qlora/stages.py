@@ -32,6 +32,7 @@ class Run:
         self.recipe = recipe
         self.dirs = RunDir(recipe.run_dir)
         self.log: Callable[[str, dict[str, Any], int | None], None] = lambda stage, metrics, step: None
+        self.progress: Progress = lambda done, total, text: None
 
     @cached_property
     def device(self) -> str:
@@ -74,31 +75,28 @@ class Run:
         return self._prepare(self.splits.evaluation, "eval") if self.splits.evaluation is not None else None
 
     @property
-    def held_out_rows(self) -> Sequence[Any]:
-        """The rows of the held-out split; empty if there is none."""
-        return self.eval_rows.rows if self.eval_rows is not None else ()
+    def held_out_rows(self) -> Any:
+        """`Rows` of the held-out split; None if there is none."""
+        return self.eval_rows.rows if self.eval_rows is not None else None
 
     @cached_property
     def splits(self) -> Any:
         """`Splits`: what is trained on, and what is held out."""
         from qlora.data.splits import read_splits
 
-        return read_splits(self.recipe.data)
+        return read_splits(self.recipe.data, lambda done, total: self.progress(done, total, "reading rows"))
 
-    def _prepare(self, examples: Sequence[Any], split: str) -> Any:
-        from qlora.data.cache import with_cache
+    def _prepare(self, selection: Any, split: str) -> Any:
         from qlora.data.methods import unfit_rows
         from qlora.data.preparation import prepare
-        from qlora.data.sources import malformed
 
-        data, tokenizer = self.recipe.data, self.tokenizer
-        prepared = with_cache(
-            examples, tokenizer, data, split, lambda: prepare(examples, tokenizer, data, split_name=split)
-        )
+        def progress(done: int, total: int) -> None:
+            self.progress(done, total, f"rendering {split} rows")
+
+        prepared = prepare(selection, self.tokenizer, self.recipe.data, split_name=split, progress=progress)
         if prepared.chat_template is not None:
             self.tokenizer.chat_template = prepared.chat_template
-        if problems := unfit_rows(self.recipe.train.method, prepared):
-            raise malformed(problems, len(prepared.rows))
+        unfit_rows(self.recipe.train.method, prepared).raise_any(len(prepared.rows))
         return prepared
 
     def digests(self) -> dict[str, Any]:
@@ -150,7 +148,7 @@ def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
         run.base,
         run.tokenizer,
         rows.rows,
-        run.eval_rows.rows if run.eval_rows is not None else [],
+        run.held_out_rows,
         device=run.device,
         checkpoints=run.dirs.checkpoints,
         fingerprint=fingerprint,
@@ -305,14 +303,13 @@ def _quantizer(section: Quantize) -> Callable[..., QuantizeReport]:
 
 
 def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
-    from qlora.data.methods import good_rows
     from qlora.evaluation.ladder import Settings, climb
 
     assert output is not None
     if run.eval_rows is None:
         raise UserError("there is nothing to measure on", "data.eval", "name a file of held-out rows in data.eval")
     section = run.recipe.evaluate
-    rows = good_rows(run.eval_rows.rows)[: section.rows]
+    rows = run.eval_rows.rows.good[: section.rows]
     settings = Settings(section.batch_size, section.generate, section.max_new_tokens, run.tokenizer.pad_token_id)
     compared = run.eval_rows.rows[: section.rows]
     scores = climb(_rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared)

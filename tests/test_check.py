@@ -100,6 +100,7 @@ def test_a_good_recipe_is_described_without_reading_its_weights(make, tmp_path: 
     assert report.base.adapter_parameters == 16 * 2 * sum((128, 96, 96, 128, 256, 256, 256))
     assert [(split.name, split.rows) for split in report.splits] == [("train", 12), ("eval", 4)]
     assert (report.steps, report.rows_per_step) == (6, 4)
+    assert report.seen_tokens == 2 * report.splits[0].tokens, "two epochs of three steps each"
     assert [stage.stage for stage in report.stages] == ["train", "merge", "quantize", "evaluate"]
     assert all(stage.host > 0 and stage.disk > 0 and stage.seconds for stage in report.stages)
     learned = ["".join(segment.text for segment in row if segment.supervised) for _, row in report.examples]
@@ -114,6 +115,7 @@ def test_a_good_recipe_is_described_without_reading_its_weights(make, tmp_path: 
         "⟦It is 0.<|im_end|>⟧",
         "quantize",
         "vLLM",
+        f"Training sees {report.seen_tokens:,} tokens in all and learns from about",
         "Estimates, not measurements",
         "Nothing stands in the way",
     ):
@@ -189,6 +191,24 @@ def test_a_missing_extra_is_named(make, tmp_path: Path, monkeypatch: pytest.Monk
 def test_rows_that_teach_nothing_are_problems(make) -> None:
     problems = check(make(data={"max_length": 8})).problems
     assert any("no token carries loss" in problem.what for problem in problems)
+
+
+def test_tools_that_a_template_leaves_out_are_problems_and_one_that_knows_them_shows_them(make, tmp_path: Path) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": '{"a": 2}'}}
+    messages = [
+        {"role": "user", "content": "What is 2 and 0?"},
+        {"role": "assistant", "content": "I add.", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "It is 2."},
+    ]
+    path = tmp_path / "tools.jsonl"
+    path.write_text(json.dumps({"messages": messages, "tools": [{"name": "add"}]}) + "\n")
+    data = {"train": [{"path": str(path), "weight": 4}], "loss_on": "assistant"}
+    (problem,) = check(make(data=data)).problems
+    assert "the chat template leaves the tools out" in problem.what and problem.where == f"{path}:1"
+    report = check(make(data=data | {"chat_template": "qwen-3", "max_length": 4096}))
+    assert report.problems == [] and report.splits[0].rows == 8, "a row for every answer, each behind its own prompt"
+    assert '<tool_call>\n{"name": "add", "arguments": {"a": 2}}\n</tool_call>' in printed(report)
 
 
 def test_a_merge_without_weights_needs_no_disk(make) -> None:

@@ -425,10 +425,10 @@ def test_without_eval_rows_a_share_of_the_training_rows_is_measured_and_not_trai
 
 
 def load_recipe_rows(path: Path) -> list[object]:
-    from qlora.data.formats import read_examples
+    from qlora.data.formats import Examples
     from qlora.recipe_file import load_recipe
 
-    return read_examples(load_recipe(path).data.train[0])
+    return list(Examples(load_recipe(path).data.train[0]))
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])

@@ -1,118 +1,120 @@
-"""Rendered rows, kept in the cache under a digest of all that decides them, so that they are tokenized once.
+"""What is made of data once and kept in the cache: folders under a digest of all that decides what is in them.
 
-A file that cannot be read is made again; the oldest are removed.
+A folder that cannot be read is made again; of those that nobody used for a day, the oldest are removed. A cache that
+cannot be written is done without: what is made lies in a temporary folder, which is gone once it is mapped into memory.
 """
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any, TypeVar
 
-import pyarrow
-import pyarrow.parquet
-from transformers import PreTrainedTokenizerBase
-
-from qlora.data.formats import Example
-from qlora.data.preparation import PreparedData, Statistics
-from qlora.data.rendering import RenderedRow
+from qlora.errors import WillNotFit
 from qlora.paths import cache_dir
-from qlora.recipe import Data
+
+T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
-KEPT = 32  # files
-ABOUT = b"qlora"  # key of the file's metadata that holds what is not a row
+KEPT = 64  # folders
+A_DAY = 24 * 3600.0
+PARTIAL = ".partial"  # what a process that was killed left behind goes too
 
 
-def with_cache(
-    examples: Sequence[tuple[Example, str]],
-    tokenizer: PreTrainedTokenizerBase,
-    settings: Data,
-    split_name: str,
-    make: Callable[[], PreparedData],
-) -> PreparedData:
-    """What `make` returns, from the cache if it has been made before of the same."""
-    if not tokenizer.is_fast:  # nothing says all that it does
-        return make()
-    file = cache_dir() / "rows" / f"{_digest(examples, tokenizer, settings, split_name)}.parquet"
-    if file.is_file():
+def key_of(*about: Any) -> str:
+    """A digest of plain values and of the modules that read and render, so that another version makes another key."""
+    return hashlib.sha256(json.dumps([_code(), *about]).encode()).hexdigest()
+
+
+def cached(key: str | None, write: Callable[[Path], None], read: Callable[[Path], T]) -> T:
+    """What `read` finds in a folder that `write` fills, unless it has been filled before under this key.
+
+    Without a key it is made anew. Processes that want the same wait for the one that makes it. Raises `WillNotFit` when
+    the disk is full.
+    """
+    rows = cache_dir() / "rows"
+    if key is None or not _can_write(rows):
+        return _made(scratch(), write, read)
+    folder = rows / key
+    with _alone(rows):
+        if folder.is_dir():
+            try:
+                found = read(folder)
+                os.utime(folder)
+                return found
+            except (OSError, ValueError, KeyError, EOFError) as error:
+                log.info("made again: %s cannot be read (%s)", folder, error)
+                shutil.rmtree(folder, ignore_errors=True)
+        return _made(scratch(), write, read, folder)
+
+
+def scratch() -> Path:
+    """A new folder beside what is kept, or where temporary files are if the cache cannot be written."""
+    rows = cache_dir() / "rows"
+    return Path(tempfile.mkdtemp(suffix=PARTIAL, dir=rows if _can_write(rows) else None))
+
+
+def _made(partial: Path, write: Callable[[Path], None], read: Callable[[Path], T], folder: Path | None = None) -> T:
+    try:
+        write(partial)
+        if folder is None:
+            return read(partial)
         try:
-            prepared = _read(file)
-            os.utime(file)
-            return prepared
-        except (OSError, pyarrow.ArrowException, KeyError, ValueError, TypeError) as error:
-            log.info("rows are rendered again: %s cannot be read (%s)", file, error)
-    prepared = make()
-    _write(file, prepared)
-    return prepared
+            partial.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another machine may have been first, where files have no locks
+                raise
+        _remove_old(folder.parent)
+        return read(folder)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise WillNotFit("the disk is full", str(partial.parent), "set QLORA_CACHE to a folder with room") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _digest(
-    examples: Sequence[tuple[Example, str]], tokenizer: PreTrainedTokenizerBase, settings: Data, split_name: str
-) -> str:
-    digest = hashlib.sha256()
-    about = [_code(), split_name, settings.loss_on, settings.max_length, settings.overlong, tokenizer.chat_template]
-    template = settings.chat_template
-    if template is not None and Path(template).is_file():
-        template = Path(template).read_text(encoding="utf-8")
-    about += [template, str(tokenizer.special_tokens_map), tokenizer.backend_tokenizer.to_str()]
-    digest.update(json.dumps(about).encode())
-    for located in examples:
-        digest.update(repr(located).encode())
-    return digest.hexdigest()
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        log.info("what is made of data is not kept: %s", error)
+        return False
+    return os.access(folder, os.W_OK)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            log.info("what is made of data may be made several times at once: %s", error)
+        yield
+
+
+def _remove_old(rows: Path) -> None:
+    ages = {path: time.time() - path.stat().st_mtime for path in rows.iterdir() if path.is_dir()}
+    for number, path in enumerate(sorted(ages, key=lambda path: ages[path])):
+        if ages[path] > A_DAY and (number >= KEPT or path.suffix == PARTIAL):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 @cache
 def _code() -> str:
-    """Of the modules that render, so that another version of them is another key."""
     digest = hashlib.sha256()
     for file in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-def _read(file: Path) -> PreparedData:
-    table = pyarrow.parquet.read_table(file)
-    about = json.loads(table.schema.metadata[ABOUT])
-    columns = table.to_pydict()
-    locations = columns.pop("location")
-    rows = [RenderedRow(*values) for values in zip(*columns.values(), strict=True)]
-    return PreparedData(about["split_name"], rows, locations, Statistics(**about["statistics"]), about["chat_template"])
-
-
-def _write(file: Path, prepared: PreparedData) -> None:
-    """The file, whole or not at all; a cache that cannot be written is done without."""
-    rows = prepared.rows
-    columns = {
-        "input_ids": pyarrow.array([row.input_ids for row in rows], pyarrow.list_(pyarrow.int32())),
-        "labels": pyarrow.array([row.labels for row in rows], pyarrow.list_(pyarrow.int32())),
-        "prompt_length": pyarrow.array([row.prompt_length for row in rows], pyarrow.int32()),
-        "truncated": pyarrow.array([row.truncated for row in rows], pyarrow.bool_()),
-        "answer_text": pyarrow.array([row.answer_text for row in rows], pyarrow.string()),
-        "rejected_ids": pyarrow.array([row.rejected_ids for row in rows], pyarrow.list_(pyarrow.int32())),
-        "good": pyarrow.array([row.good for row in rows], pyarrow.bool_()),
-        "location": pyarrow.array(prepared.locations, pyarrow.string()),
-    }
-    about = {
-        "split_name": prepared.split_name,
-        "statistics": asdict(prepared.statistics),
-        "chat_template": prepared.chat_template,
-    }
-    table = pyarrow.table(columns).replace_schema_metadata({ABOUT: json.dumps(about).encode()})
-    partial = file.with_suffix(f".{os.getpid()}.partial")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        pyarrow.parquet.write_table(table, partial, compression="zstd")
-        partial.replace(file)
-        others = sorted(file.parent.glob("*.parquet"), key=lambda path: path.stat().st_mtime, reverse=True)
-        for old in others[KEPT:]:
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        log.info("rendered rows are not kept: %s", error)

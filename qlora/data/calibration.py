@@ -12,14 +12,15 @@ from __future__ import annotations
 import math
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qlora.data.corpora import corpus_texts
-from qlora.data.methods import good_rows
 from qlora.data.rendering import IGNORED, RenderedRow
+from qlora.data.store import Rows, digest_of
 from qlora.data.templates import adds_bos
 from qlora.errors import UserError
 from qlora.recipe import Calibration, Quantize
@@ -39,11 +40,11 @@ class CalibrationRow:
 
 def calibration_rows(
     section: Calibration,
-    train: Sequence[RenderedRow],
+    train: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
-    exclude: Sequence[RenderedRow] = (),
+    exclude: Rows | None = None,
     used: Sequence[CalibrationRow] = (),
 ) -> list[CalibrationRow]:
     """The rows that a recipe's `quantize.calibration` asks for; the same for the same seed.
@@ -55,7 +56,7 @@ def calibration_rows(
     Raises `UserError` when nothing is left to draw from, when a text is too short, or cannot be read.
     """
     draw = _Draw(train, exclude, used, tokenizer, section.max_length, random.Random(seed))
-    rows = draw.rows(section.from_, section.samples)
+    rows = list(draw.rows(section.from_, section.samples))
     if section.mix is not None:
         tokens = sum(len(row.input_ids) for row in rows)
         rows += draw.tokens(section.mix.from_, tokens * section.mix.share / (1 - section.mix.share))
@@ -65,11 +66,11 @@ def calibration_rows(
 
 def refinement_rows(
     section: Quantize,
-    train: Sequence[RenderedRow],
+    train: Rows,
     tokenizer: PreTrainedTokenizerBase,
     *,
     seed: int,
-    exclude: Sequence[RenderedRow],
+    exclude: Rows | None,
     calibration: Sequence[CalibrationRow],
 ) -> tuple[list[CalibrationRow], list[CalibrationRow]]:
     """(rows that refinement learns from, rows that decide whether its result is kept), drawn as calibration rows are.
@@ -97,14 +98,14 @@ def refinement_rows(
 class _Draw:
     """Draws rows of each kind, with one generator for all of them."""
 
-    train: Sequence[RenderedRow]
-    exclude: Sequence[RenderedRow]
+    train: Rows
+    exclude: Rows | None
     used: Sequence[CalibrationRow]
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     rng: random.Random
 
-    def rows(self, source: str | Sequence[str], count: int) -> list[CalibrationRow]:
+    def rows(self, source: str | Sequence[str], count: int) -> Iterable[CalibrationRow]:
         """`count` rows of a kind that `quantize.calibration.from` names, or all there are."""
         if source == "train":
             return self._train_rows(count)
@@ -124,16 +125,24 @@ class _Draw:
             wanted -= len(row.input_ids)
         return found
 
-    def train_rows(self) -> list[RenderedRow]:
+    def train_rows(self) -> Rows:
         """The training rows that may be drawn, each once."""
-        held_out = {tuple(row.input_ids) for row in self.exclude}
+        good = self.train.good
+        digests_N = good.column("ids")
+        _, first = np.unique(digests_N, return_index=True)
+        allowed_N = np.zeros(len(good), dtype=bool)
+        allowed_N[first] = True
+        if self.exclude is not None:
+            allowed_N &= ~np.isin(digests_N, self.exclude.column("ids"))
         used = {row.input_ids for row in self.used}
-        distinct = {tuple(row.input_ids): row for row in reversed(good_rows(self.train))}
-        return [
-            row for ids, row in reversed(distinct.items()) if ids not in held_out and ids[: self.max_length] not in used
-        ]
+        # As short as a row that is used: the whole row's digest says whether it is the same.
+        used_N = np.array([digest_of(np.array(ids, dtype=np.uint32)) for ids in used], dtype=np.uint64)
+        same_N = np.isin(digests_N, used_N)
+        for index in np.flatnonzero(allowed_N & ~same_N & (good.column("length") > self.max_length)) if used else ():
+            same_N[index] = tuple(good[int(index)].input_ids[: self.max_length]) in used
+        return good.select(allowed_N & ~same_N)
 
-    def _train_rows(self, count: int) -> list[CalibrationRow]:
+    def _train_rows(self, count: int) -> Iterator[CalibrationRow]:
         candidates = self.train_rows()
         if not candidates:
             raise UserError(
@@ -141,8 +150,8 @@ class _Draw:
                 where="quantize.calibration",
                 fix="evaluate on rows that are not trained on",
             )
-        drawn = self.rng.sample(candidates, min(count, len(candidates)))
-        return [calibration_row(row, self.max_length) for row in drawn]
+        drawn = self.rng.sample(range(len(candidates)), min(count, len(candidates)))
+        return (calibration_row(candidates[index], self.max_length) for index in drawn)
 
     def _strings(self, texts: Sequence[str], count: int) -> list[CalibrationRow]:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]

@@ -17,13 +17,13 @@ Preference columns are looked for last: what has `messages` too is read as conve
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
-from qlora.data.sources import RawRows, load_rows, malformed
+from qlora.data.sources import RawRows, located, open_rows
+from qlora.data.tools import calls_of, described, tools_of
 from qlora.errors import Problem, UserError
 from qlora.recipe import Source
 
@@ -107,72 +107,84 @@ _COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
 _OPTIONAL = {"input", "system", "tools"}
 
 
-def read_examples(source: Source) -> list[tuple[Example, str]]:
-    """Every row of a source in its normal form, with where it stands (file and line, or index), as often as it counts.
+@dataclass(frozen=True)
+class Read:
+    """What became of a row: its normal form, or what is wrong with it; the rest as in `RawRow`."""
 
-    Raises `UserError` for a source that cannot be read, and for rows that do not fit the format: all counted, the first
-    ones shown.
+    example: Example | Problem
+    file: int
+    place: int
+    share: float
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The rows of a source in their normal form, read anew in every iteration.
+
+    Raises `UserError` for a source that cannot be read, or whose columns fit no format.
     """
-    rows = load_rows(source)
-    if source.columns:
-        rows = _renamed(rows, source.columns)
-    format = detect_format(rows) if source.format == "auto" else source.format
-    examples: list[tuple[Example, str]] = []
-    problems: list[Problem] = []
-    for index, row in enumerate(rows):
-        where = rows.where(index)
-        try:
-            examples.append((to_example(row, format, where), where))
-        except UserError as error:
-            problems.extend(error.problems)
-    if problems:
-        raise malformed(problems, len(rows))
-    return _weighted(examples, source.weight)
+
+    source: Source
+
+    @cached_property
+    def rows(self) -> RawRows:
+        return open_rows(self.source)
+
+    def where(self, file: int, place: int) -> str:
+        return self.rows.where(file, place)
+
+    def __iter__(self) -> Iterator[Read]:
+        format: str | None = None if self.source.format == "auto" else self.source.format
+        checked = not self.source.columns
+        for row in self.rows:
+            content, where = row.content, self.where(row.file, row.place)
+            if isinstance(content, Problem):
+                yield Read(located(content, where), row.file, row.place, row.share)
+                continue
+            if not checked:
+                _check_columns(content, self.source.columns, where)
+                checked = True
+            if self.source.columns:
+                content = _renamed(content, self.source.columns)
+            format = format or detect_format(content, where)
+            try:
+                example: Example | Problem = to_example(content, format, where)
+            except UserError as error:
+                example = error.problems[0]
+            yield Read(example, row.file, row.place, row.share)
 
 
-def _renamed(rows: RawRows, columns: Mapping[str, str]) -> RawRows:
-    """Rows with the columns that a recipe names under the names that formats have for them."""
-    missing = [theirs for theirs in columns.values() if theirs not in rows.rows[0]]
+def _check_columns(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> None:
+    missing = [theirs for theirs in columns.values() if theirs not in row]
     if missing:
         raise UserError(
-            f"there is no column {_listed(missing)}; the rows have {_listed(rows.rows[0])}",
-            where=rows.where(0),
+            f"there is no column {_listed(missing)}; the rows have {_listed(row)}",
+            where=where,
             fix="`columns` maps a format's column to the one in the file",
         )
     unknown = set(columns) - {name for sets in _COLUMNS.values() for names in sets for name in names} - _OPTIONAL
     if unknown:
         raise UserError(f"no format has a column {_listed(sorted(unknown))}", where="columns")
+
+
+def _renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """A row with the columns that a recipe names under the names that formats have for them."""
     taken = set(columns.values())
-    renamed = [
-        {name: value for name, value in row.items() if name not in taken}
-        | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
-        for row in rows
-    ]
-    return RawRows(renamed, rows.origin, [rows.where(index) for index in range(len(rows))])
+    kept = {name: value for name, value in row.items() if name not in taken}
+    return kept | {ours: row[theirs] for ours, theirs in columns.items() if theirs in row}
 
 
-def _weighted(examples: list[tuple[Example, str]], weight: float) -> list[tuple[Example, str]]:
-    """Every example as often as the weight says; of a fraction, those that their content chooses, in their order."""
-    whole = int(weight)
-    count = round((weight - whole) * len(examples))
-    if count == 0:
-        return examples * whole
-    digests = [hashlib.sha256(repr(example).encode()).digest() for example, _ in examples]
-    chosen = set(sorted(range(len(examples)), key=lambda index: (digests[index], index))[:count])
-    return examples * whole + [example for index, example in enumerate(examples) if index in chosen]
-
-
-def detect_format(rows: RawRows) -> str:
+def detect_format(row: Mapping[str, Any], where: str = "") -> str:
     """The format of a source, from the columns of its first row. Raises `UserError` when they fit none."""
-    columns = rows.rows[0].keys()
+    columns = row.keys()
     for name, alternatives in _COLUMNS.items():
-        if name == "kto" and not isinstance(rows.rows[0].get("label"), bool):
+        if name == "kto" and not isinstance(row.get("label"), bool):
             continue  # labels of another kind
         if any(set(needed) <= set(columns) for needed in alternatives):
             return name
     raise UserError(
         f"the columns {_listed(columns)} fit no known format",
-        where=rows.where(0),
+        where=where,
         fix="name the columns " + ", or ".join(f"{_alternatives(name)} ({name})" for name in _COLUMNS),
     )
 
@@ -215,7 +227,7 @@ def _conversation(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
     """Messages of a ShareGPT row; a `system` column comes first."""
     turns = row["conversations"]
     if not isinstance(turns, list) or not turns:
-        raise UserError(f"`conversations` must be a list of turns, not {_described(turns)}", where)
+        raise UserError(f"`conversations` must be a list of turns, not {described(turns)}", where)
     messages: list[Message] = []
     if row.get("system"):
         messages.append({"role": "system", "content": _text(row, "system", where)})
@@ -229,26 +241,9 @@ def _conversation(row: Mapping[str, Any], where: str) -> tuple[Message, ...]:
             )
         message: Message = {"role": _SPEAKERS[speaker], "content": turn["value"]}
         if speaker == "function_call":
-            message = {"role": "assistant", "content": "", "tool_calls": _calls(turn["value"], index, where)}
+            message = {"role": "assistant", "content": "", "tool_calls": turn["value"]}
         messages.append(message)
     return _messages(messages, "conversations", where)
-
-
-def _calls(text: str, index: int, where: str) -> list[dict[str, Any]]:
-    try:
-        calls = json.loads(text)
-    except json.JSONDecodeError:
-        calls = None
-    calls = calls if isinstance(calls, list) else [calls]
-    if not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        raise UserError(
-            f"the function call of turn {index} must be JSON with a `name` and `arguments`, not {_described(text)}",
-            where,
-        )
-    return [
-        {"type": "function", "function": {"name": call["name"], "arguments": call.get("arguments", {})}}
-        for call in calls
-    ]
 
 
 def _pair(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Pair:
@@ -274,14 +269,14 @@ def _pair(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -> Pair:
 def _judged(row: Mapping[str, Any], where: str) -> Judged:
     label = row["label"]
     if label not in (True, False):  # 0 and 1 too
-        raise UserError(f"column `label` must be true or false, not {_described(label)}", where)
+        raise UserError(f"column `label` must be true or false, not {described(label)}", where)
     return Judged(_prompt_completion(row, where), bool(label))
 
 
 def _prompt_completion(row: Mapping[str, Any], where: str, column: str = "completion") -> Chat | Completion:
     if not isinstance(row["prompt"], list):
         if not isinstance(row["completion"], str):
-            raise UserError(f"column `{column}` must hold text, not {_described(row['completion'])}", where)
+            raise UserError(f"column `{column}` must hold text, not {described(row['completion'])}", where)
         return Completion(_text(row, "prompt", where), row["completion"])
     if not isinstance(row["completion"], list) or len(row["completion"]) != 1:
         raise UserError(f"a `prompt` of messages needs a `{column}` that is a list of one assistant message", where)
@@ -299,13 +294,15 @@ def _instruction(row: Mapping[str, Any], columns: tuple[str, ...], where: str) -
 
 def _messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
     if not isinstance(value, list) or not value:
-        raise UserError(f"`{column}` must be a list of messages, not {_described(value)}", where)
+        raise UserError(f"`{column}` must be a list of messages, not {described(value)}", where)
     messages = []
     for index, message in enumerate(value):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise UserError(f"message {index} of `{column}` must be an object with a `role` and a `content`", where)
         # Columnar files give every message every key; an absent one comes as None.
         message = {key: item for key, item in message.items() if item is not None}
+        if "tool_calls" in message:
+            message |= calls_of(message.pop("tool_calls"), f"message {index} of `{column}`", where)
         if not isinstance(message.get("content", "" if "tool_calls" in message else None), str):
             raise UserError(f"the `content` of message {index} ({message['role']}) must be text", where)
         messages.append(message)
@@ -323,30 +320,14 @@ def _messages(value: Any, column: str, where: str) -> tuple[Message, ...]:
 
 
 def _tools(row: Mapping[str, Any], where: str) -> tuple[dict[str, Any], ...] | None:
-    tools = row.get("tools")
-    if isinstance(tools, str) and tools.strip():  # columnar files have no better place for definitions that differ
-        try:
-            tools = json.loads(tools)
-        except json.JSONDecodeError as error:
-            raise UserError(f"`tools` is not valid JSON: {error.msg}", where) from None
-    if not tools:
-        return None
-    if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise UserError(f"`tools` must be a list of tool definitions, not {_described(tools)}", where)
-    return tuple(dict(tool) for tool in tools)
+    return tools_of(row.get("tools"), where)
 
 
 def _text(row: Mapping[str, Any], column: str, where: str) -> str:
     value = row[column]
     if not isinstance(value, str):
-        raise UserError(f"column `{column}` must hold text, not {_described(value)}", where)
+        raise UserError(f"column `{column}` must hold text, not {described(value)}", where)
     return value
-
-
-def _described(value: Any) -> str:
-    if value is None:
-        return "nothing (null)"
-    return "an empty list" if value == [] else f"{type(value).__name__} {str(value)[:40]!r}"
 
 
 def _listed(columns: Any) -> str:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from qlora.data.preparation import PreparedData, unsupervised_rows
 from qlora.data.rendering import IGNORED, RenderedRow
-from qlora.data.sources import SHOWN
+from qlora.data.store import NONE, Rows
 from qlora.errors import Problem
 
 _MARKER = re.compile(r"<[|｜][^<>|｜\s]+[|｜]>|<(?:start|end)_of_turn>")  # how chat templates write special tokens
@@ -77,7 +78,7 @@ class Segment:
 
 
 def lint(train: PreparedData, evaluation: PreparedData | None, tokenizer: PreTrainedTokenizerBase) -> LintReport:
-    """Checks the splits of `render_examples`, where rows without labels are still there to be counted."""
+    """Checks the splits of `render_rows`, where rows without labels are still there to be counted."""
     splits = [train] if evaluation is None else [train, evaluation]
     reports = [_split_report(split, tokenizer) for split in splits]
     problems: list[Problem] = []
@@ -86,7 +87,7 @@ def lint(train: PreparedData, evaluation: PreparedData | None, tokenizer: PreTra
         problems += _problems(split, report, tokenizer)
         warnings += _warnings(split, report)
     warnings += _end_of_turn_warnings(train, tokenizer) + _marker_warnings(train, tokenizer)
-    overlap_rows, overlap_prompts = _overlap(train.rows, evaluation.rows if evaluation else [])
+    overlap_rows, overlap_prompts = _overlap(train.rows, evaluation.rows if evaluation else None)
     if evaluation is not None and max(overlap_rows, overlap_prompts) > 0:
         warnings.append(
             Problem(
@@ -107,8 +108,8 @@ def coloured(row: RenderedRow, tokenizer: PreTrainedTokenizerBase) -> list[Segme
 
 def _split_report(split: PreparedData, tokenizer: PreTrainedTokenizerBase) -> SplitReport:
     rows, statistics = split.rows, split.statistics
-    lengths = sorted(len(row.input_ids) for row in rows)
-    end_ids = _end_ids(tokenizer)
+    lengths_N = np.sort(rows.column("length"))
+    unended_N = ~rows.column("truncated") & ~np.isin(rows.column("end"), list(_end_ids(tokenizer)))
     return SplitReport(
         name=split.split_name,
         rows=len(rows),
@@ -117,33 +118,37 @@ def _split_report(split: PreparedData, tokenizer: PreTrainedTokenizerBase) -> Sp
         supervised_share=statistics.supervised_tokens / max(1, statistics.tokens),
         truncated=statistics.truncated,
         dropped=statistics.dropped,
-        unsupervised_rows=sum(row.supervised_tokens == 0 for row in rows),
-        empty_answers=sum(row.answer_text is not None and not row.answer_text.strip() for row in rows),
-        double_bos=sum(_has_double_bos(row, tokenizer) for row in rows),
-        missing_end=sum(not row.truncated and row.labels[-1] not in end_ids for row in rows),
-        duplicates=len(rows) - len({tuple(row.input_ids) for row in rows}),
-        lengths={f"p{share}": _percentile(lengths, share) for share in (0, 50, 90, 95, 99, 100)} if lengths else {},
-        histogram=_histogram(lengths),
+        unsupervised_rows=int((rows.column("supervised") == 0).sum()),
+        empty_answers=int(rows.column("blank").sum()),
+        double_bos=int(_has_double_bos(rows, tokenizer).sum()),
+        missing_end=int(unended_N.sum()),
+        duplicates=len(rows) - len(np.unique(rows.column("ids"))),
+        lengths={f"p{share}": _percentile(lengths_N, share) for share in (0, 50, 90, 95, 99, 100)} if rows else {},
+        histogram=_histogram(lengths_N),
     )
 
 
-def _percentile(ordered: Sequence[int], share: int) -> int:
+def _percentile(ordered_N: np.ndarray, share: int) -> int:
     """The nearest-rank percentile: the smallest value that at least `share` percent of the values do not exceed."""
-    return ordered[max(0, math.ceil(len(ordered) * share / 100) - 1)]
+    return int(ordered_N[max(0, math.ceil(len(ordered_N) * share / 100) - 1)])
 
 
-def _histogram(ordered: Sequence[int]) -> list[int]:
-    if not ordered:
+def _histogram(ordered_N: np.ndarray) -> list[int]:
+    if not len(ordered_N):
         return []
-    counts = [0] * min(HISTOGRAM_PARTS, ordered[-1] - ordered[0] + 1)
-    for length in ordered:
-        counts[(length - ordered[0]) * len(counts) // (ordered[-1] - ordered[0] + 1)] += 1
+    width = int(ordered_N[-1] - ordered_N[0]) + 1
+    parts = min(HISTOGRAM_PARTS, width)
+    part_N = (ordered_N - ordered_N[0]).astype(np.int64) * parts // width
+    counts: list[int] = np.bincount(part_N, minlength=parts).tolist()
     return counts
 
 
-def _has_double_bos(row: RenderedRow, tokenizer: PreTrainedTokenizerBase) -> bool:
-    # Where BOS is also the marker that opens a turn (SmolLM2's <|im_start|>), two in a row are still never right.
-    return tokenizer.bos_token_id is not None and row.input_ids[:2] == [tokenizer.bos_token_id] * 2
+def _has_double_bos(rows: Rows, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
+    """bool [N]. Where BOS is also the marker that opens a turn, two in a row are still never right."""
+    if tokenizer.bos_token_id is None:
+        return np.zeros(len(rows), dtype=bool)
+    both: np.ndarray = rows.column("doubled") & (rows.column("first") == tokenizer.bos_token_id)
+    return both
 
 
 def _end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -154,15 +159,11 @@ def _end_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def _problems(split: PreparedData, report: SplitReport, tokenizer: PreTrainedTokenizerBase) -> Iterator[Problem]:
     if report.rows == 0:
         yield Problem("no row is left", f"data, {split.split_name} split", "raise data.max_length or use more data")
-    without_labels = unsupervised_rows(split, tokenizer)
-    yield from without_labels[:SHOWN]
-    if len(without_labels) > SHOWN:
-        yield Problem(f"and {len(without_labels) - SHOWN} more rows of the {split.split_name} split without a label")
+    yield from unsupervised_rows(split, tokenizer).problems
     if report.double_bos:
-        where = next(at for at, row in zip(split.locations, split.rows, strict=True) if _has_double_bos(row, tokenizer))
         yield Problem(
             f"{report.double_bos} rows of the {split.split_name} split begin with two BOS tokens",
-            where,
+            split.rows.where(int(_has_double_bos(split.rows, tokenizer).argmax())),
             "take the BOS out of the data or the chat template: models degrade with two",
         )
     if report.missing_end:
@@ -190,8 +191,10 @@ def _warnings(split: PreparedData, report: SplitReport) -> Iterator[Problem]:
 
 def _end_of_turn_warnings(split: PreparedData, tokenizer: PreTrainedTokenizerBase) -> list[Problem]:
     """Answers that end with another token than EOS, which is what servers stop at unless told otherwise."""
-    ends = Counter(row.labels[-1] for row in split.rows if not row.truncated and row.labels[-1] != IGNORED)
-    ends.pop(tokenizer.eos_token_id, None)
+    whole = split.rows.select(~split.rows.column("truncated"))
+    ends = Counter(dict(zip(*map(np.ndarray.tolist, np.unique(whole.column("end"), return_counts=True)), strict=True)))
+    for token in (tokenizer.eos_token_id, IGNORED):
+        ends.pop(token, None)
     names = ", ".join(
         f"{tokenizer.convert_ids_to_tokens(token)} ({count} rows)" for token, count in ends.most_common(3)
     )
@@ -217,14 +220,10 @@ def _marker_warnings(split: PreparedData, tokenizer: PreTrainedTokenizerBase) ->
     ]
 
 
-def _overlap(train: Sequence[RenderedRow], evaluation: Sequence[RenderedRow]) -> tuple[int, int]:
+def _overlap(train: Rows, evaluation: Rows | None) -> tuple[int, int]:
     """Evaluation rows, and evaluation prompts, that occur in training; plain text has no prompt."""
-    seen_rows = {tuple(row.input_ids) for row in train}
-    seen_prompts = {_prompt(row) for row in train if row.answer_text is not None}
-    same_rows = sum(tuple(row.input_ids) in seen_rows for row in evaluation)
-    same_prompts = sum(row.answer_text is not None and _prompt(row) in seen_prompts for row in evaluation)
-    return same_rows, same_prompts
-
-
-def _prompt(row: RenderedRow) -> tuple[int, ...]:
-    return tuple(row.input_ids[: row.prompt_length])
+    if evaluation is None:
+        return 0, 0
+    same_rows = np.isin(evaluation.column("ids"), train.column("ids"))
+    prompts, asked = (rows.column("prompt_ids")[rows.column("text_length") != NONE] for rows in (train, evaluation))
+    return int(same_rows.sum()), int(np.isin(asked, prompts).sum())

@@ -17,8 +17,9 @@ A pair of answers is the row of the better one, with the tokens of the other one
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jinja2
 from transformers import PreTrainedTokenizerBase
@@ -95,6 +96,8 @@ class Renderer:
     loss_on: str
     max_length: int
     chat_template: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """What the template is given beside the conversation."""
     _bos: str = field(init=False)
     _eos: str = field(init=False)
     _special: tuple[str, ...] = field(init=False)
@@ -178,9 +181,9 @@ class Renderer:
         except UserError as error:
             return error
         answer, end = self._split_end(completion, templated=isinstance(example, Chat))
-        if isinstance(example, Chat) and not answer.strip() and example.messages[-1].get("content", "").strip():
-            fix = "a template for messages whose content is plain text is needed: set data.chat_template"
-            return UserError("the chat template leaves the answer out", fix=fix)
+        if isinstance(example, Chat) and (missing := self._left_out(example, prompt + completion, answer)):
+            fix = "a template that shows all of a conversation is needed: set data.chat_template"
+            return UserError(f"the chat template leaves {missing} out", fix=fix)
         return _Parts(prompt, answer, end, has_answer=not isinstance(example, Text))
 
     def _texts(self, example: Chat | Completion | Text) -> tuple[str, str]:
@@ -194,12 +197,40 @@ class Renderer:
         # Text that was put through a template beforehand carries its own BOS; a second one would degrade the model.
         return prompt if (prompt + completion).startswith(self._bos) else self._bos + prompt, completion
 
+    def _left_out(self, example: Chat, text: str, answer: str) -> str | None:
+        """What of a conversation its rendered text does not show: the model would learn from less than it seems."""
+        messages, last = example.messages, example.messages[-1]
+        if not answer.strip() and last.get("content", "").strip():
+            return "the answer"
+        if "</think>" in last.get("content", "") and "</think>" not in answer:
+            return "the thought before the answer"
+        if example.tools and self._same(replace(example, tools=None), text):
+            return "the tools"
+        for index, message in enumerate(messages):
+            for key in ("tool_calls", "reasoning_content") if message is last else ("tool_calls",):
+                if message.get(key) and self._same(_with(example, index, {"content": "", **message, key: None}), text):
+                    return f"the {key} of message {index}"
+            content = message.get("content", "")
+            told = message["role"] in ("user", "assistant") or content.strip() in text
+            if not told and self._same(_with(example, index, {**message, "content": content + "."}), text):
+                return f"message {index}, of the role {message['role']},"
+        return None
+
+    def _same(self, example: Chat, text: str) -> bool:
+        """Whether a conversation is rendered to this text too."""
+        try:
+            return self._apply_template(example, example.messages, add_generation_prompt=False) == text
+        except jinja2.TemplateError:
+            return False
+
     def _chat_texts(self, example: Chat) -> tuple[str, str]:
         try:
             prompt = self._apply_template(example, example.messages[:-1], add_generation_prompt=True)
             full = self._apply_template(example, example.messages, add_generation_prompt=False)
         except jinja2.TemplateError as error:
-            raise UserError(f"the chat template refuses this conversation: {error}") from error
+            tools = example.tools or any(m["role"] == "tool" or m.get("tool_calls") for m in example.messages)
+            fix = "its tools need a template that knows tools: set data.chat_template" if tools else ""
+            raise UserError(f"the chat template refuses this conversation: {error}", fix=fix) from error
         if not full.startswith(prompt):
             agree = next((i for i, (a, b) in enumerate(zip(prompt, full, strict=False)) if a != b), len(full))
             raise UserError(
@@ -217,6 +248,7 @@ class Renderer:
             chat_template=self.chat_template,
             add_generation_prompt=add_generation_prompt,
             tokenize=False,
+            **self.options,
         )
 
     def _split_end(self, completion: str, *, templated: bool) -> tuple[str, str]:
@@ -249,6 +281,12 @@ class Renderer:
     def _encode(self, texts: list[str]) -> list[list[int]]:
         # verbose=False: rows longer than the model's window are ours to cut, and no reason for a warning.
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []  # type: ignore[return-value]
+
+
+def _with(example: Chat, index: int, message: Message) -> Chat:
+    """A conversation with another message in this place; keys that are None are left out."""
+    changed = {key: value for key, value in message.items() if value is not None}
+    return replace(example, messages=(*example.messages[:index], changed, *example.messages[index + 1 :]))
 
 
 def _together(rows: Sequence[RenderedRow]) -> list[RenderedRow]:

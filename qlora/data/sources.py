@@ -1,89 +1,139 @@
 """Reads training and evaluation rows from local files or the Hugging Face hub, and says exactly which row is wrong.
 
 A source is one entry of the recipe's `data` section: a local file (JSON, JSON lines, CSV, Parquet), a local folder of
-such files or of what `datasets` saved to disk, or a hub id. Whatever it is, it becomes a `RawRows`: a sequence of plain
-dictionaries that knows where each of its rows came from.
+such files or of what `datasets` saved to disk, or a hub id. Whatever it is, it becomes a `RawRows`: plain dictionaries
+that are read one after the other, as often as they are asked for, and never held together.
 """
 
 from __future__ import annotations
 
-import csv
 import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from qlora.artifacts import file_digest
+from qlora.data.files import COUNTED_IN_LINES, READERS, not_utf8
 from qlora.errors import Problem, UserError
 from qlora.recipe import Source
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = tuple(READERS)
 SHOWN = 5  # how many bad rows an error prints before it only counts them
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 _SPLIT_NAMES = ("train", "test", "validation", "valid", "val", "dev", "eval")
 
 
 @dataclass(frozen=True)
+class RawRow:
+    """A row as it was written, before its format is known, or what is wrong with it.
+
+    file, place: which of the source's files, and the line or index in it. share: of the source that is read by then.
+    """
+
+    content: dict[str, Any] | Problem
+    file: int
+    place: int
+    share: float
+
+
+@dataclass(frozen=True)
 class RawRows:
-    """Rows as they were written, before their format is known.
+    """The rows of a source, which every iteration reads anew; `max_rows` are its first ones.
 
-    rows: dictionaries of column name to value; a list, or a lazily read `datasets.Dataset`.
-    origin: the file, folder or hub id they came from.
-    locations: "file:line" per row; empty when a row is located by its index (hub data sets).
+    origin: the file, folder or hub id they come from. places: per file, what stands before a row's line or index in
+    messages.
     """
 
-    rows: Sequence[dict[str, Any]]
     origin: str
-    locations: Sequence[str] = ()
+    places: Sequence[str]
+    read: Callable[[], Iterator[RawRow]] = field(repr=False)
+    max_rows: int | None = None
 
-    def __len__(self) -> int:
-        return len(self.rows)
+    def __iter__(self) -> Iterator[RawRow]:
+        last = float("inf") if self.max_rows is None else self.max_rows
+        count = 0
+        for row in self.read():
+            yield row
+            count += 1
+            if count >= last:
+                break
+        if count == 0:
+            fix = "check that this is the right file or split"
+            raise UserError("there are no rows in it", where=self.origin, fix=fix)
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return iter(self.rows)
-
-    def where(self, index: int) -> str:
-        """Where row `index` stands, for error messages."""
-        return self.locations[index] if self.locations else f"{self.origin}, row {index}"
+    def where(self, file: int, place: int) -> str:
+        """Where a row stands, for error messages."""
+        return f"{self.places[file]}{place}"
 
 
-def load_rows(source: Source) -> RawRows:
-    """Reads a source; `max_rows` keeps its first rows.
+@dataclass
+class BadRows:
+    """Collects what is wrong with rows, of which only the first ones are kept."""
 
-    Raises `UserError` for a path that does not exist (with near misses), an empty source, malformed rows (all counted,
-    the first ones shown with file and line) and a hub data set that cannot be read.
+    shown: list[Problem] = field(default_factory=list)
+    count: int = 0
+
+    def add(self, problem: Problem) -> None:
+        self.count += 1
+        if len(self.shown) < SHOWN:
+            self.shown.append(problem)
+
+    @property
+    def problems(self) -> list[Problem]:
+        """The first ones, and how many there are beside them."""
+        more = self.count - len(self.shown)
+        return self.shown + ([Problem(f"and {more:,} more")] if more else [])
+
+    def raise_any(self, total: int) -> None:
+        """Raises `UserError` if there are any: counts all of them, shows the first few."""
+        if not self.count:
+            return
+        more = self.count - len(self.shown)
+        last = f"and {more} more: {self.count} of {total} rows cannot be used"
+        raise UserError(self.shown + ([Problem(last)] if more else []))
+
+
+def open_rows(source: Source) -> RawRows:
+    """A source that can be read.
+
+    Raises `UserError` for a path that does not exist (with near misses) and a hub data set that cannot be read; reading
+    raises it for a source without rows.
     """
-    loaded = _load_local(Path(source.path), source.split) if is_local(source.path) else _load_hub(source)
-    if len(loaded) == 0:
-        raise UserError(
-            "there are no rows in it", where=loaded.origin, fix="check that this is the right file or split"
-        )
-    if source.max_rows is not None and source.max_rows < len(loaded):
-        return _first(loaded, source.max_rows)
-    return loaded
+    if not is_local(source.path):
+        return _open_hub(source)
+    if source.stream:
+        raise UserError("local rows are always read as they are needed", f"{source.path}: stream", "leave it out")
+    return _open_local(source)
 
 
 def load_texts(path: str) -> list[str]:
     """Plain texts for calibration: the paragraphs of a .txt file (blank lines between), else the `text` column."""
     file = Path(path)
     if file.suffix != ".txt":
-        rows = _load_local(file, "train")
-        bad = [rows.where(i) for i, row in enumerate(rows) if not isinstance(row.get("text"), str)]
-        if bad:
-            raise UserError(f"{len(bad)} rows have no text in a column `text`", where=bad[0])
-        return [row["text"] for row in rows]
+        rows, texts, bad = _open_local(Source(path=path)), [], BadRows()
+        for row in rows:
+            where = rows.where(row.file, row.place)
+            if isinstance(row.content, Problem):
+                bad.add(located(row.content, where))
+            elif isinstance(text := row.content.get("text"), str):
+                texts.append(text)
+            else:
+                bad.add(Problem("no text in a column `text`", where))
+        bad.raise_any(len(texts) + bad.count)
+        return texts
     if not file.is_file():
         raise _missing(file)
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        problem = _not_utf8(error)
-        raise UserError(problem.what, str(file), problem.fix) from None
+        raise UserError(not_utf8(error, str(file))) from None
     paragraphs = [paragraph for paragraph in re.split(r"\n\s*\n", text) if paragraph.strip()]
     if not paragraphs:
         raise UserError("the file is empty", where=str(file), fix="write it again, or name another file")
@@ -93,8 +143,8 @@ def load_texts(path: str) -> list[str]:
 def source_digest(source: Source) -> str:
     """SHA-256 (hex) of what a source holds; equal content gives an equal digest whatever the file's time stamp.
 
-    Files are hashed as bytes. A hub data set is named by its commit when the recipe pins one, and is otherwise hashed
-    row by row, since its default branch can move.
+    Files are hashed as bytes, once in a process. A hub data set is named by its commit when the recipe pins one, and is
+    otherwise hashed row by row, since its default branch can move.
     """
     digest = hashlib.sha256()
     if is_local(source.path):
@@ -102,17 +152,27 @@ def source_digest(source: Source) -> str:
         saved = _saved_data_set(path, source.split)
         for file in sorted(saved.glob("*.arrow")) if saved else _data_files(path, source.split):
             digest.update(f"{file.name}:{file.stat().st_size}\n".encode())
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
+            digest.update(_bytes_digest(str(file), file.stat().st_mtime_ns, file.stat().st_size))
         return digest.hexdigest()
-    digest.update(f"{source.path}:{source.config}:{source.split}\n".encode())
-    if source.revision and _COMMIT.fullmatch(source.revision):
+    return _hub_digest(source.model_dump_json())
+
+
+@lru_cache(maxsize=4096)
+def _hub_digest(of: str) -> str:
+    source = Source.model_validate_json(of)
+    digest = hashlib.sha256(f"{source.path}:{source.config}:{source.split}\n".encode())
+    if source.revision and COMMIT.fullmatch(source.revision):
         digest.update(source.revision.encode())
-        return digest.hexdigest()
-    for row in load_rows(source):
-        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    else:
+        for row in open_rows(source):
+            digest.update(json.dumps(row.content, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _bytes_digest(file: str, changed: int, size: int) -> bytes:
+    """Of a file as it was then."""
+    return bytes.fromhex(file_digest(Path(file)))
 
 
 def is_local(path: str) -> bool:
@@ -120,31 +180,35 @@ def is_local(path: str) -> bool:
     return Path(path).is_absolute() or Path(path).suffix in SUFFIXES or not _HUB_ID.fullmatch(path)
 
 
-def _first(loaded: RawRows, count: int) -> RawRows:
-    rows = loaded.rows[:count] if isinstance(loaded.rows, list) else loaded.rows.select(range(count))  # type: ignore[attr-defined]
-    return RawRows(rows, loaded.origin, loaded.locations[:count])
-
-
 # -- local files ------------------------------------------------------------------------------------------------------
 
 
-def _load_local(path: Path, split: str) -> RawRows:
-    if saved := _saved_data_set(path, split):
-        return _load_saved(saved)
-    rows: list[dict[str, Any]] = []
-    locations: list[str] = []
-    problems: list[Problem] = []
-    for file in _data_files(path, split):
-        for position, row in _READERS[file.suffix](file):
-            where = f"{file}{position}"
-            if isinstance(row, Problem):
-                problems.append(Problem(row.what, where, row.fix))
-            else:
-                rows.append(row)
-                locations.append(where)
-    if problems:
-        raise malformed(problems, len(rows) + len(problems))
-    return RawRows(rows, str(path), locations)
+def _open_local(source: Source) -> RawRows:
+    path = Path(source.path)
+    if saved := _saved_data_set(path, source.split):
+        return _of_data_set(_load_saved(saved), str(saved), source.max_rows)
+    files = _data_files(path, source.split)
+    sizes = [file.stat().st_size for file in files]
+
+    def read() -> Iterator[RawRow]:
+        for number, file in enumerate(files):
+            before = sum(sizes[:number])
+            for place, content, share in READERS[file.suffix](file):
+                yield RawRow(content, number, place, (before + share * sizes[number]) / max(1, sum(sizes)))
+
+    places = [f"{file}:" if file.suffix in COUNTED_IN_LINES else f"{file}, row " for file in files]
+    return RawRows(str(path), places, read, source.max_rows)
+
+
+def _of_data_set(rows: Any, origin: str, max_rows: int | None) -> RawRows:
+    """The rows of a `datasets.Dataset`, which lie in files that are mapped, or of one that is read from elsewhere."""
+    total = max_rows or getattr(rows, "num_rows", None)
+
+    def read() -> Iterator[RawRow]:
+        for index, row in enumerate(rows):
+            yield RawRow(row, 0, index, min(1.0, (index + 1) / total) if total else 0.0)
+
+    return RawRows(origin, [f"{origin}, row "], read, max_rows)
 
 
 def _saved_data_set(path: Path, split: str) -> Path | None:
@@ -159,22 +223,19 @@ def _saved_data_set(path: Path, split: str) -> Path | None:
     return path / split
 
 
-def _load_saved(folder: Path) -> RawRows:
+def _load_saved(folder: Path) -> Any:
     import datasets
     import pyarrow
 
     try:
-        return RawRows(datasets.load_from_disk(str(folder)), str(folder))  # type: ignore[arg-type]
+        return datasets.load_from_disk(str(folder))
     except (OSError, ValueError, pyarrow.ArrowException) as error:
         raise UserError(f"cannot be read as a saved data set: {error}", str(folder), "save it again") from error
 
 
-def malformed(problems: Sequence[Problem], total: int) -> UserError:
-    """The error for rows that cannot be used: counts all of them, shows the first few."""
-    shown = list(problems[:SHOWN])
-    if len(problems) > SHOWN:
-        shown.append(Problem(f"and {len(problems) - SHOWN} more: {len(problems)} of {total} rows cannot be used"))
-    return UserError(shown)
+def located(problem: Problem, where: str) -> Problem:
+    """A problem of a row, with where the row stands unless it says so."""
+    return problem if problem.where else Problem(problem.what, where, problem.fix)
 
 
 def _data_files(path: Path, split: str) -> list[Path]:
@@ -225,102 +286,40 @@ def _did_you_mean(path: Path) -> str:
     return f"Did you mean {' or '.join(close)}?" if close else ""
 
 
-_Entry = tuple[str, dict[str, Any] | Problem]  # ":<line>" or ", row <index>", and the row or what is wrong with it
-
-
-def _read_jsonl(file: Path) -> Iterator[_Entry]:
-    with file.open("rb") as stream:
-        for line, raw in enumerate(stream, start=1):
-            if line == 1:
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
-            if raw.strip():
-                yield f":{line}", _parse_json_row(raw)
-
-
-def _parse_json_row(raw: bytes) -> dict[str, Any] | Problem:
-    try:
-        row = json.loads(raw)
-    except json.JSONDecodeError as error:
-        return Problem(f"not valid JSON: {error.msg} at column {error.colno}", fix="one JSON object per line")
-    except UnicodeDecodeError as error:
-        return _not_utf8(error)
-    return row if isinstance(row, dict) else _not_an_object(row)
-
-
-def _not_utf8(error: UnicodeDecodeError) -> Problem:
-    return Problem(f"not UTF-8: {error.reason} at byte {error.start}", fix="save the file as UTF-8")
-
-
-def _not_an_object(row: Any) -> Problem:
-    return Problem(f"a row must be a JSON object, this is a {type(row).__name__}")
-
-
-def _read_json(file: Path) -> Iterator[_Entry]:
-    """One JSON list of objects, or JSON lines under a .json name."""
-    raw = file.read_bytes().removeprefix(b"\xef\xbb\xbf")
-    if not raw.lstrip().startswith(b"["):
-        yield from _read_jsonl(file)
-        return
-    try:
-        rows = json.loads(raw)
-    except json.JSONDecodeError as error:
-        yield f":{error.lineno}", Problem(f"not valid JSON: {error.msg} at column {error.colno}")
-    except UnicodeDecodeError as error:
-        yield "", _not_utf8(error)
-    else:
-        for index, row in enumerate(rows):
-            yield f", row {index}", row if isinstance(row, dict) else _not_an_object(row)
-
-
-def _read_csv(file: Path) -> Iterator[_Entry]:
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as stream:
-            rows = csv.DictReader(stream, strict=True)
-            for row in rows:
-                whole = None not in row and None not in row.values()
-                mismatch = Problem(f"not as many fields as the header has ({len(rows.fieldnames or ())})")
-                yield f":{rows.reader.line_num}", row if whole else mismatch
-    except csv.Error as error:
-        fix = "check the quotes, or use JSON lines, which has no quoting to get wrong"
-        yield f":{rows.reader.line_num}", Problem(f"not valid CSV: {error}", fix=fix)
-    except UnicodeDecodeError as error:
-        yield "", _not_utf8(error)
-
-
-def _read_parquet(file: Path) -> Iterator[_Entry]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        table = pyarrow.parquet.read_table(file)
-    except pyarrow.ArrowException as error:
-        yield "", Problem(f"not a Parquet file: {error}")
-    else:
-        for index, row in enumerate(table.to_pylist()):
-            yield f", row {index}", row
-
-
-_READERS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
-
-
 # -- the hub ----------------------------------------------------------------------------------------------------------
 
 
-def _load_hub(source: Source) -> RawRows:
+def _open_hub(source: Source) -> RawRows:
+    """A data set of the hub: downloaded and mapped into memory, or with `stream` read over the network."""
     import datasets
     import httpx
 
     origin = f"hub data set {source.path}" + (f" ({source.config})" if source.config else "") + f" [{source.split}]"
-    try:
-        rows = datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision)
     # Not found and no connection are OSErrors, an unknown configuration or split is a ValueError, and a repository that
     # needs its own loading script is a RuntimeError.
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
-        raise UserError(
+    errors = (OSError, ValueError, RuntimeError, httpx.HTTPError, datasets.exceptions.DatasetsError)
+
+    def refused(error: Exception) -> UserError:
+        return UserError(
             f"cannot be read from the hub: {error}",
             where=origin,
             fix="check the id, `config`, `split` and `revision`, that this machine reaches the hub (or holds the data "
             "set in its cache), and that you are logged in if it is gated; a local file needs its suffix: "
             + ", ".join(SUFFIXES),
-        ) from error
-    return RawRows(rows, origin)
+        )
+
+    try:
+        data_set = datasets.load_dataset(
+            source.path, source.config, split=source.split, revision=source.revision, streaming=source.stream
+        )
+    except errors as error:
+        raise refused(error) from error
+    rows = _of_data_set(data_set, origin, source.max_rows)
+
+    def read() -> Iterator[RawRow]:
+        try:
+            yield from rows.read()
+        except errors as error:
+            raise refused(error) from error
+
+    return replace(rows, read=read)

@@ -9,24 +9,34 @@ the recipe has `overlap: keep`.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from qlora.data.formats import Chat, Completion, Example, read_examples, single
-from qlora.recipe import Data
+import numpy as np
+
+from qlora.data.index import Index, ProgressCallback, read_index
+from qlora.errors import Problem, UserError
+from qlora.recipe import Data, Source
 
 MOST_HELD_OUT = 500  # rows
 # Of the rows, distinct prompts; where there are fewer, rows are told apart by their answers too.
 MANY_PROMPTS = 0.5
 
-Located = tuple[Example, str]
-"""An example, and where it stands."""
+
+@dataclass(frozen=True)
+class Selection:
+    """Rows of sources by their numbers, in the order in which they are used; a row may come several times."""
+
+    parts: tuple[tuple[Source, np.ndarray], ...]
+
+    def __len__(self) -> int:
+        return sum(len(numbers) for _, numbers in self.parts)
 
 
 @dataclass(frozen=True)
 class Splits:
-    train: list[Located]
-    evaluation: list[Located] | None
+    train: Selection
+    evaluation: Selection | None
     """None if nothing is held out."""
     removed: int
     """Rows of data.train that are rows of data.eval too."""
@@ -36,36 +46,57 @@ class Splits:
     """Of what data.train has and is not trained on."""
 
 
-def read_splits(data: Data) -> Splits:
-    """The rows of a recipe's data section. Raises `UserError` for sources that cannot be read."""
-    every = [located for source in data.train for located in read_examples(source)]
+def all_rows(source: Source, progress: ProgressCallback | None = None) -> Selection:
+    """Every row of a source, as often as its weight says. Raises `UserError` if it cannot be read."""
+    return Selection(((source, read_index(source, progress).weighted(source.weight)),))
+
+
+def read_splits(data: Data, progress: ProgressCallback | None = None) -> Splits:
+    """The rows of a recipe's data section. Raises `UserError` for all sources that cannot be read."""
+    *indexes, asked = _indexes([*data.train, data.eval], progress)
+    chosen = [index.weighted(source.weight) for source, index in zip(data.train, indexes, strict=True)]
+    keys_N = np.concatenate([index.whole_N[numbers] for index, numbers in zip(indexes, chosen, strict=True)])
     if data.eval is not None:
-        evaluation = read_examples(data.eval)
-        removes = data.overlap == "remove"
-        out = {_digest(example, whole=True) for example, _ in evaluation} if removes else set()
-        keys = [_digest(example, whole=True) for example, _ in every]
+        numbers = asked.weighted(data.eval.weight)
+        evaluation = Selection(((data.eval, numbers),))
+        out = np.unique(asked.whole_N[numbers]) if data.overlap == "remove" else keys_N[:0]
     else:
-        prompts = [_digest(example, whole=False) for example, _ in every]
-        many = len(set(prompts)) >= MANY_PROMPTS * len(every)
-        keys = prompts if many else [_digest(example, whole=True) for example, _ in every]
-        distinct = sorted(set(keys))
+        prompts_N = np.concatenate([index.prompt_N[numbers] for index, numbers in zip(indexes, chosen, strict=True)])
+        distinct = np.unique(prompts_N)
+        if len(distinct) >= MANY_PROMPTS * len(keys_N):
+            keys_N = prompts_N
+        else:
+            distinct = np.unique(keys_N)
         count = min(MOST_HELD_OUT, max(1, round(data.eval_share * len(distinct))))
-        out = set(distinct[:count]) if data.eval_share and len(distinct) > 1 else set()
-        first = {key: located for key, located in reversed(list(zip(keys, every, strict=True))) if key in out}
-        evaluation = [first[key] for key in dict.fromkeys(keys) if key in out]
-    train = [located for key, located in zip(keys, every, strict=True) if key not in out]
-    left_out = len(every) - len(train)
-    digest = hashlib.sha256(b"".join(sorted(set(keys) & out))).hexdigest()
+        out = distinct[:count] if data.eval_share and len(distinct) > 1 else distinct[:0]
+        _, first = np.unique(keys_N, return_index=True)
+        apart_N = np.zeros(len(keys_N), dtype=bool)
+        apart_N[first] = True
+        evaluation = _selected(data.train, chosen, apart_N & np.isin(keys_N, out))
+    left_out_N = np.isin(keys_N, out)
+    train = _selected(data.train, chosen, ~left_out_N)
+    digest = hashlib.sha256(np.unique(keys_N[left_out_N]).tobytes()).hexdigest()
+    left_out = int(left_out_N.sum())
     removed, held_out = (left_out, 0) if data.eval is not None else (0, left_out)
-    return Splits(train, evaluation or None, removed, held_out, digest)
+    return Splits(train, evaluation if len(evaluation) else None, removed, held_out, digest)
 
 
-def _digest(example: Example, *, whole: bool) -> bytes:
-    """Of an example, or of what comes before its answer; plain text has no such part."""
-    content: Any = example
-    answered = single(example)
-    if not whole and isinstance(answered, Chat):
-        content = answered.messages[:-1], answered.tools
-    elif not whole and isinstance(answered, Completion):
-        content = answered.prompt
-    return hashlib.sha256(repr(content).encode()).digest()
+def _indexes(sources: Sequence[Source | None], progress: ProgressCallback | None) -> list[Index]:
+    found: list[Index] = []
+    problems: list[Problem] = []
+    empty = np.empty(0, dtype=np.uint64)
+    for source in sources:
+        try:
+            found.append(read_index(source, progress) if source is not None else Index(empty, empty))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def _selected(sources: Sequence[Source], chosen: Sequence[np.ndarray], wanted_N: np.ndarray) -> Selection:
+    """Of the rows of all sources, one after the other, the wanted ones."""
+    ends = np.cumsum([len(numbers) for numbers in chosen])
+    wanted = np.split(wanted_N, ends[:-1])
+    return Selection(tuple((source, numbers[w]) for source, numbers, w in zip(sources, chosen, wanted, strict=True)))

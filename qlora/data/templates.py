@@ -12,11 +12,28 @@ from pathlib import Path
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from qlora.data.qwen_template import QWEN_3
 from qlora.errors import UserError
 
 # Every template leaves out the beginning-of-sequence token: `resolve_chat_template` adds it for tokenizers that do.
 # Templates of models without a system role put the system text before the first user message.
-_CHATML = """\
+# Those that know no tools refuse them, instead of leaving them out or giving them a role that the model never saw.
+_NO_TOOLS = """\
+{%- if tools %}
+{{- raise_exception('it knows no tools') }}
+{%- endif %}
+{%- for message in messages %}
+{%- if message['role'] not in ('system', 'user', 'assistant') %}
+{{- raise_exception('it has no role ' + message['role']) }}
+{%- elif message['tool_calls'] %}
+{{- raise_exception('it knows no tool calls') }}
+{%- endif %}
+{%- endfor %}
+"""
+
+_CHATML = (
+    _NO_TOOLS
+    + """\
 {%- for message in messages %}
 {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}
 {%- endfor %}
@@ -24,8 +41,11 @@ _CHATML = """\
 {{- '<|im_start|>assistant\\n' }}
 {%- endif %}
 """
+)
 
-_LLAMA_3 = """\
+_LLAMA_3 = (
+    _NO_TOOLS
+    + """\
 {%- for message in messages %}
 {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] + '<|eot_id|>' }}
 {%- endfor %}
@@ -33,14 +53,45 @@ _LLAMA_3 = """\
 {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
 {%- endif %}
 """
+)
 
-_SYSTEM_INTO_USER = """\
+_PHI_3_5 = (
+    _NO_TOOLS
+    + """\
+{%- for message in messages %}
+{{- '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|assistant|>\\n' }}
+{%- endif %}
+"""
+)
+
+_PHI_4 = (
+    _NO_TOOLS
+    + """\
+{%- for message in messages %}
+{{- '<|im_start|>' + message['role'] + '<|im_sep|>' + message['content'] + '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+{{- '<|im_start|>assistant<|im_sep|>' }}
+{%- endif %}
+"""
+)
+
+_SYSTEM_INTO_USER = (
+    _NO_TOOLS
+    + """\
 {%- set lead = namespace(text='') %}
 {%- if messages[0]['role'] == 'system' %}
 {%- set lead.text = messages[0]['content'] + '\\n\\n' %}
 {%- set messages = messages[1:] %}
 {%- endif %}
+{%- if messages | selectattr('role', 'equalto', 'system') | list %}
+{{- raise_exception('it has a place for a system message at the beginning only') }}
+{%- endif %}
 """
+)
 
 _MISTRAL = (
     _SYSTEM_INTO_USER
@@ -94,6 +145,9 @@ NAMED_TEMPLATES = {
     "gemma": _GEMMA,
     "llama-3": _LLAMA_3,
     "mistral": _MISTRAL,
+    "phi-3.5": _PHI_3_5,
+    "phi-4": _PHI_4,
+    "qwen-3": QWEN_3,
 }
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from qlora.data.calibration import CalibrationRow, calibration_rows, refinement_rows
-from qlora.data.rendering import RenderedRow
+from qlora.data.store import Rows
 from qlora.errors import Problem
 from qlora.models.quantize_estimates import quantized_linears
 from qlora.models.shapes import ModelShapes
@@ -52,7 +52,7 @@ def check_quantization(recipe: Recipe, shapes: ModelShapes) -> None:
 
 
 def preview_calibration(
-    recipe: Recipe, train: Sequence[RenderedRow], tokenizer: PreTrainedTokenizerBase, held_out: Sequence[RenderedRow]
+    recipe: Recipe, train: Rows, tokenizer: PreTrainedTokenizerBase, held_out: Rows | None
 ) -> CalibrationPreview:
     """Draw the rows as `qlora quantize` will. Raises UserError as `calibration_rows` does."""
     section, refine = recipe.quantize.calibration, recipe.quantize.refine

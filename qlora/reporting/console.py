@@ -78,6 +78,7 @@ class StageProgress:
         self._bar: Progress | None = None
         self._started = self._printed = time.monotonic()
         self._first: int | None = None
+        self._total: int | None = None
 
     def __enter__(self) -> StageProgress:
         if sys.stdout.isatty() and is_main_process():
@@ -107,8 +108,8 @@ class StageProgress:
             self._bar.update(self._task, completed=done, total=total, text=text)
             return
         now = time.monotonic()
-        if self._first is None:
-            self._first, self._started = done, now
+        if self._first is None or total != self._total:  # a stage counts rows, then steps
+            self._first, self._total, self._started = done, total, now
         if now - self._printed < PLAIN_SECONDS or not is_main_process():
             return
         self._printed = now

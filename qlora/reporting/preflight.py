@@ -39,6 +39,8 @@ def show(report: CheckReport, console: Console) -> None:
     if report.stages:
         steps = f"{report.steps:,} steps of {report.rows_per_step} rows; " if report.steps else ""
         console.print(f"\n{steps}{escape(report.training or '')}.")
+        if report.seen_tokens:
+            console.print(escape(_cost(report)))
         console.print("Estimates, not measurements: ", end="")
         console.print(escape(report.machine.rate_note))
         console.print(_stages(report))
@@ -99,6 +101,15 @@ def _calibration(parts: Sequence[CalibrationPart]) -> str:
     total = sum(part.tokens for part in parts)
     kinds = (f"{part.rows:,} rows of {part.source}, {part.tokens / total:.1%} of the tokens" for part in parts)
     return escape(f"\nCalibration: {total:,} tokens; {'; '.join(kinds)}")
+
+
+def _cost(report: CheckReport) -> str:
+    """What training takes, in tokens and time."""
+    assert report.seen_tokens is not None
+    learned = round(report.seen_tokens * report.splits[0].supervised_share)
+    cost = f"Training sees {report.seen_tokens:,} tokens in all and learns from about {learned:,} of them"
+    seconds = next(stage.seconds for stage in report.stages if stage.stage == "train")
+    return f"{cost}, in about {duration(max(1.0, seconds))}." if seconds is not None else f"{cost}."
 
 
 def _stages(report: CheckReport) -> Table:

@@ -40,7 +40,7 @@ class Room:
         mean = sum(schedule.lengths) / len(schedule.lengths) * schedule.rows_per_step
         mean /= schedule.forwards * schedule.processes
         tokens = max(SMALLEST, 2 ** round(mean / SIZES).bit_length() // 2)
-        return cls(tokens, schedule.rows_per_step, max(tokens, *schedule.lengths) | 1)
+        return cls(tokens, schedule.rows_per_step, max(tokens, max(schedule.lengths)) | 1)
 
     def filled(self, batch: dict[str, Any]) -> dict[str, Any]:
         """A batch of `packed.pack` with one more row, of nothing to learn from, and rows without tokens behind it."""

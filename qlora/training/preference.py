@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import Sequence
+from array import array
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
@@ -21,6 +23,7 @@ from transformers import PrinterCallback
 
 from qlora.artifacts import read_json
 from qlora.data.rendering import RenderedRow
+from qlora.data.store import Rows
 from qlora.measure import free_for_training
 from qlora.models.adapter_beginning import begin, take_parts
 from qlora.models.base import Base
@@ -31,6 +34,7 @@ from qlora.models.shapes import AdapterShapes, skeleton
 from qlora.models.tokens import trained_tokens
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
+from qlora.training.columns import IDS, on_disk
 from qlora.training.fused import fuse
 from qlora.training.launch import shared_base
 from qlora.training.plan import Division, TrainingPlan, plan_batches
@@ -39,6 +43,7 @@ log = logging.getLogger(__name__)
 
 REFERENCE = "ref"
 """TRL's name for the copy of an adapter that training goes on from."""
+KL_COLUMN = "KL_completion_ids"
 # Work of a step, in that of a forward and a backward: one more forward of what answers are measured against, and for
 # KTO two of answers to other prompts.
 PASSES = {"sft": 1.0, "dpo": 1.5, "kto": 2.5, "orpo": 1.0}
@@ -48,22 +53,23 @@ def build_trainer(
     recipe: Recipe,
     base: Base,
     tokenizer: Any,
-    rows: Sequence[RenderedRow],
-    eval_rows: Sequence[RenderedRow],
+    rows: Rows,
+    eval_rows: Rows | None,
     *,
     device: str,
     checkpoints: Path,
 ) -> Any:
     """TRL's trainer of `train.method`, with the plan of its batches as `plan`."""
     train = recipe.train
-    config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
+    config: Any = training_arguments(recipe, device, checkpoints, has_eval=eval_rows is not None)
     sharding = shared_base(recipe, config)
     tokens = trained_tokens(recipe.lora, base.directory, recipe.model.trust_remote_code)
     loaded = load_for_training(base, recipe.model, device, tokens=tokens, sharding=sharding)
     model = attach_adapter(loaded, recipe.lora, tokens)
     plan = _plan(recipe, base, rows, model, config, device, checkpoints)
     largest = plan.memory.largest
-    config.per_device_train_batch_size = plan.schedule.rows_per_step // config.world_size // plan.memory.forwards
+    together = plan.schedule.rows_per_step // config.world_size // plan.memory.forwards
+    config.per_device_train_batch_size = together
     config.gradient_accumulation_steps = plan.memory.forwards
     config.gradient_checkpointing = largest.recomputed > 0
     config.gradient_checkpointing_kwargs = {"use_reentrant": False}
@@ -71,14 +77,15 @@ def build_trainer(
     log.info("training: %s", plan.text)
     begin(model, recipe.lora, base.directory, take_parts(model, recipe.lora, base.directory, checkpoints))
     started = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    shuffled = list(rows)
     if train.method == "kto":  # TRL goes through them in order, and pairs each with its neighbour
-        random.Random(recipe.seed).shuffle(shuffled)
+        order = array("q", range(len(rows)))
+        random.Random(recipe.seed).shuffle(order)
+        rows = rows.select(np.frombuffer(order, dtype=np.int64))
     trainer = _trainer_class(train.method)(
         model=model,
         args=config,
-        train_dataset=_dataset(train.method, shuffled),
-        eval_dataset=_dataset(train.method, eval_rows) if eval_rows and train.evaluate_every else None,
+        train_dataset=_dataset(train.method, rows, together),
+        eval_dataset=_dataset(train.method, eval_rows, together) if eval_rows and train.evaluate_every else None,
         processing_class=tokenizer,
     )
     trainer.plan = plan
@@ -105,18 +112,15 @@ def fewest_rows(method: str) -> int:
     return 2 if method == "kto" else 1
 
 
-def longest_of(rows: Sequence[RenderedRow]) -> int:
+def longest_of(rows: Rows) -> int:
     """Positions that one row may take in a batch; a pair takes two of the longest answer."""
-    return max(
-        2 * max(len(row.input_ids), row.prompt_length + len(row.rejected_ids))
-        if row.rejected_ids is not None
-        else 2 * len(row.input_ids)  # KTO runs another answer behind the same prompt too
-        for row in rows
-    )
+    # KTO runs another answer behind the same prompt too.
+    worse_N = rows.column("rejected") + rows.column("prompt_length")
+    return 2 * int(np.maximum(rows.column("length"), worse_N).max())
 
 
 def _plan(
-    recipe: Recipe, base: Base, rows: Sequence[RenderedRow], model: Any, config: Any, device: str, checkpoints: Path
+    recipe: Recipe, base: Base, rows: Rows, model: Any, config: Any, device: str, checkpoints: Path
 ) -> TrainingPlan:
     kept = checkpoints / PLAN
     bare = skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)
@@ -125,7 +129,7 @@ def _plan(
         free = min(gather_object([free]))
     return plan_batches(
         recipe,
-        [row.tokens for row in rows],
+        rows.tokens,
         longest_of(rows),
         config.world_size,
         training_shapes(bare, recipe.model, base.packed or base.directory),
@@ -148,16 +152,27 @@ def _as_started(model: Any, started: dict[str, torch.Tensor]) -> None:
                 copy.data = value.to(parameters[name].dtype, copy=True)
 
 
-def _dataset(method: str, rows: Sequence[RenderedRow]) -> Dataset:
-    """The columns that TRL's trainer of the method reads once it has tokenized."""
-    columns: dict[str, list[Any]] = {"prompt_ids": [row.input_ids[: row.prompt_length] for row in rows]}
-    answers = [row.input_ids[row.prompt_length :] for row in rows]
+def _dataset(method: str, rows: Rows, together: int) -> Dataset:
+    """The columns that TRL's trainer of the method reads once it has tokenized; `together` rows are a batch."""
     if method == "kto":
-        return Dataset.from_dict(columns | {"completion_ids": answers, "label": [row.good for row in rows]})
-    columns |= {"chosen_ids": answers, "rejected_ids": [row.rejected_ids for row in rows]}
-    if method == "orpo":  # looks at texts before it tokenizes
-        columns |= {name: [""] * len(rows) for name in ("prompt", "chosen", "rejected")}
-    return Dataset.from_dict(columns)
+        columns = {"prompt_ids": IDS, "completion_ids": IDS, "label": pyarrow.bool_(), KL_COLUMN: IDS}
+        return on_disk(columns, (_judged(rows, index, together) for index in range(len(rows))))
+    columns = {"prompt_ids": IDS, "chosen_ids": IDS, "rejected_ids": IDS}
+    texts = ("prompt", "chosen", "rejected") if method == "orpo" else ()  # looks at them before it tokenizes
+    pairs = ((*_divided(row), row.rejected_ids, *("" for _ in texts)) for row in rows)
+    return on_disk(columns | dict.fromkeys(texts, pyarrow.string()), pairs)
+
+
+def _divided(row: RenderedRow) -> tuple[list[int], list[int]]:
+    return row.input_ids[: row.prompt_length], row.input_ids[row.prompt_length :]
+
+
+def _judged(rows: Rows, index: int, together: int) -> tuple[Any, ...]:
+    """A prompt with its answer, and that of the row before it in its batch (Ethayarajh et al. 2024, §4.1)."""
+    first = index - index % together
+    before = index - 1 if index > first else min(first + together, len(rows)) - 1
+    row = rows[index]
+    return *_divided(row), row.good, _divided(rows[before])[1]
 
 
 @cache
@@ -191,13 +206,6 @@ def _trainer_class(method: str) -> Any:
         def _prepare_dataset(
             self, dataset: Dataset, processing_class: Any, args: Any, dataset_name: str = "", **_: Any
         ) -> Dataset:
-            if not self.calculate_KL:
-                return dataset
-
-            # Each prompt with the answer of the row before it in the batch (Ethayarajh et al. 2024, §4.1).
-            def rotated(batch: dict[str, list[Any]]) -> dict[str, list[Any]]:
-                return {"KL_completion_ids": batch["completion_ids"][-1:] + batch["completion_ids"][:-1]}
-
-            return dataset.map(rotated, batched=True, batch_size=args.per_device_train_batch_size)
+            return dataset if self.calculate_KL else dataset.remove_columns(KL_COLUMN)
 
     return Judged

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ import torch
 from transformers import set_seed
 
 from qlora.artifacts import file_digest, read_json, write_json
-from qlora.data.rendering import RenderedRow
+from qlora.data.store import Rows
 from qlora.errors import UserError
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES
@@ -39,8 +38,8 @@ def train_adapter(
     recipe: Recipe,
     base: Base,
     tokenizer: Any,
-    rows: Sequence[RenderedRow],
-    eval_rows: Sequence[RenderedRow],
+    rows: Rows,
+    eval_rows: Rows | None,
     *,
     device: str,
     checkpoints: Path,

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
 
@@ -44,12 +45,25 @@ class Schedule:
 
         The last step has what rows are left, in fewer forwards if need be; some of them may be empty.
         """
+        order_N = self._order(epoch)
+        for step in range(self.steps_per_epoch):
+            yield self._divided(order_N, step)
+
+    def forwards_of(self, step: int) -> int:
+        """Of a step of an epoch, per process."""
+        rows = min(self.rows_per_step, len(self.lengths) - step * self.rows_per_step)
+        return min(self.forwards, -(-rows // self.processes))
+
+    def _order(self, epoch: int) -> torch.Tensor:
         generator = torch.Generator().manual_seed(self.seed + epoch)
-        order = torch.randperm(len(self.lengths), generator=generator).tolist()
-        for start in range(0, len(order), self.rows_per_step):
-            rows = order[start : start + self.rows_per_step]
-            forwards = min(self.forwards, -(-len(rows) // self.processes))
-            yield self.divided(rows, forwards * self.processes)
+        return torch.randperm(len(self.lengths), generator=generator)
+
+    def _rows(self, order_N: torch.Tensor, step: int) -> Rows:
+        rows: Rows = order_N[step * self.rows_per_step : (step + 1) * self.rows_per_step].tolist()
+        return rows
+
+    def _divided(self, order_N: torch.Tensor, step: int) -> list[Rows]:
+        return self.divided(self._rows(order_N, step), self.forwards_of(step) * self.processes)
 
     def tokens(self, rows: Rows) -> int:
         """Positions that a forward computes, padding included."""
@@ -59,18 +73,39 @@ class Schedule:
 
     def longest(self, epochs: int) -> int:
         """Positions of the longest forward of so many epochs."""
-        return max(self.tokens(rows) for epoch in range(epochs) for step in self.steps(epoch) for rows in step)
+        return max(map(self._longest_of, range(epochs)))
+
+    def _longest_of(self, epoch: int) -> int:
+        """Of the epoch's steps, those alone are divided that can have it: a set may have a million."""
+        order_N, last = self._order(epoch), self.steps_per_epoch - 1
+        found = max(map(self.tokens, self._divided(order_N, last)))
+        if not last:
+            return found
+        parts = self.forwards_of(0) * self.processes
+        lengths_SR = np.asarray(self.lengths)[order_N[: last * self.rows_per_step].numpy()].reshape(last, -1)
+        longest_S = lengths_SR.max(axis=1).astype(np.int64)
+        # A forward is filled while no other has less, which is the mean or less (Graham 1969).
+        most_S = longest_S + (lengths_SR.sum(axis=1) - longest_S) // parts
+        if self.padded:
+            most_S = longest_S * -(-self.rows_per_step // parts)
+        for step in np.argsort(-most_S, kind="stable").tolist():
+            if found >= most_S[step]:
+                break
+            found = max(found, *map(self.tokens, self._divided(order_N, step)))
+        return found
 
     def work(self, steps: int) -> list[tuple[int, int]]:
         """(tokens, positions computed for them) up to each of the first `steps` steps, [0] before the first."""
         found = [(0, 0)]
         for epoch in count():
-            for step in self.steps(epoch):
+            order_N = self._order(epoch)
+            for step in range(self.steps_per_epoch):
                 if len(found) > steps:
                     return found
-                tokens, positions = found[-1]
-                tokens += sum(self.lengths[row] for rows in step for row in rows)
-                found.append((tokens, positions + sum(map(self.tokens, step))))
+                tokens = sum(self.lengths[row] for row in self._rows(order_N, step))
+                exact = not self.padded and self.multiple == 1
+                positions = tokens if exact else sum(map(self.tokens, self._divided(order_N, step)))
+                found.append((found[-1][0] + tokens, found[-1][1] + positions))
         raise AssertionError("epochs do not end")
 
     def divided(self, rows: Rows, parts: int) -> list[Rows]:
@@ -125,7 +160,7 @@ class Forwards(Sampler[Rows]):
         self._epoch = epoch
 
     def __len__(self) -> int:
-        return sum(len(self._own(step)) for step in self.schedule.steps(0))
+        return sum(map(self.schedule.forwards_of, range(self.schedule.steps_per_epoch)))
 
     def __iter__(self) -> Iterator[Rows]:
         for step in self.schedule.steps(self._epoch):

@@ -19,7 +19,7 @@ from transformers import PrinterCallback
 from trl import SFTConfig
 
 from qlora.artifacts import read_json
-from qlora.data.rendering import RenderedRow
+from qlora.data.store import Rows
 from qlora.measure import free_for_training
 from qlora.models.adapter_beginning import begin, take_parts
 from qlora.models.base import Base
@@ -30,6 +30,7 @@ from qlora.models.shapes import AdapterShapes, skeleton
 from qlora.models.tokens import trained_tokens
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
+from qlora.training.columns import IDS, on_disk
 from qlora.training.fused import Fused, fuse, fuse_head
 from qlora.training.graphs import Room
 from qlora.training.host_embedding import keep_embeddings_on_host
@@ -48,14 +49,14 @@ def build_trainer(
     recipe: Recipe,
     base: Base,
     tokenizer: Any,
-    rows: Sequence[RenderedRow],
-    eval_rows: Sequence[RenderedRow],
+    rows: Rows,
+    eval_rows: Rows | None,
     *,
     device: str,
     checkpoints: Path,
 ) -> Trainer:
     """The 4-bit base with a fresh adapter, and the rows, in a trainer."""
-    config: Any = training_arguments(recipe, device, checkpoints, has_eval=bool(eval_rows))
+    config: Any = training_arguments(recipe, device, checkpoints, has_eval=eval_rows is not None)
     sharding = shared_base(recipe, config)
     tokens = trained_tokens(recipe.lora, base.directory, recipe.model.trust_remote_code)
     loaded = load_for_training(base, recipe.model, device, tokens=tokens, sharding=sharding)
@@ -65,7 +66,7 @@ def build_trainer(
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
     fused = fuse(model, float8=recipe.model.compute_dtype == "float8") if fast and device.startswith("cuda") else None
-    row_tokens = [len(row.input_ids) for row in rows]
+    row_tokens = rows.lengths
     kept = checkpoints / PLAN
     before = Division(**read_json(kept)) if kept.is_file() else None
     records = (
@@ -102,7 +103,7 @@ def build_trainer(
         loraplus_ratio=recipe.train.loraplus_ratio,
         model=model,
         args=config,
-        train_dataset=_dataset(rows),
+        train_dataset=_dataset(rows[:1]),  # TRL looks at its columns; what is trained on is `rows`
         eval_dataset=_dataset(eval_rows) if eval_rows and recipe.train.evaluate_every else None,
         processing_class=tokenizer,
     )
@@ -159,5 +160,5 @@ def _can_be_recorded(model: Any, fused: Fused, config: SFTConfig) -> bool:
     return config.world_size == 1 and not fused.plain and not drops and not rows
 
 
-def _dataset(rows: Sequence[RenderedRow]) -> Dataset:
-    return Dataset.from_dict({"input_ids": [row.input_ids for row in rows], "labels": [row.labels for row in rows]})
+def _dataset(rows: Rows) -> Dataset:
+    return on_disk({name: IDS for name in ("input_ids", "labels")}, ((row.input_ids, row.labels) for row in rows))

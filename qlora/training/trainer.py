@@ -86,7 +86,7 @@ class Trainer(SFTTrainer):
         )
 
     def _collate(self, rows: Rows) -> dict[str, Any]:
-        found: list[Tokens] = [(self.rows[row].input_ids, self.rows[row].labels) for row in rows]
+        found: list[Tokens] = [(row.input_ids, row.labels) for row in map(self.rows.__getitem__, rows)]
         # A process that a step leaves nothing to runs a token from which nothing is learned: the others wait for it.
         found = found or [([0], [IGNORED])]
         batch = pack(found) if self.packed else pad(found)

@@ -179,8 +179,8 @@ def calibration_rows(arguments: argparse.Namespace) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
         vocabulary = SHAPES[arguments.shape]["vocab_size"]
         return torch.randint(10, vocabulary, (arguments.rows, arguments.length), generator=generator).tolist()
-    from qlora.data.formats import read_examples
     from qlora.data.preparation import prepare
+    from qlora.data.splits import all_rows
     from qlora.models.loading import load_tokenizer
     from qlora.recipe import Data
 
@@ -188,7 +188,7 @@ def calibration_rows(arguments: argparse.Namespace) -> list[list[int]]:
     count = arguments.rows if not arguments.packed else None
     path = str(as_chat(arguments.train, arguments.out, count))
     data = Data.model_validate({"train": [{"path": path}], "max_length": arguments.length})
-    prepared = prepare(read_examples(data.train[0]), load_tokenizer(arguments.model), data, split_name="train")
+    prepared = prepare(all_rows(data.train[0]), load_tokenizer(arguments.model), data, split_name="train")
     rows = [list(row.input_ids) for row in prepared.rows]
     if not arguments.packed:
         return rows

@@ -89,15 +89,15 @@ def rows_of(arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
         vocabulary = SHAPES[arguments.shape]["vocab_size"] if arguments.shape else 1000
         rows = torch.randint(10, vocabulary, (count, arguments.length), generator=generator).tolist()
         return [{"input_ids": row, "labels": row} for row in rows]
-    from qlora.data.formats import read_examples
     from qlora.data.preparation import prepare
+    from qlora.data.splits import all_rows
     from qlora.models.loading import load_tokenizer
     from qlora.recipe import Data
 
     path = as_chat(arguments.train, arguments.out, count)
     data = Data.model_validate({"train": [{"path": str(path)}], "max_length": arguments.length, "loss_on": "all"})
     tokenizer = load_tokenizer(arguments.tokenizer or arguments.model)
-    found = prepare(read_examples(data.train[0]), tokenizer, data, split_name="train").rows
+    found = prepare(all_rows(data.train[0]), tokenizer, data, split_name="train").rows
     return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in found]
 
 
@@ -233,6 +233,7 @@ def token_rows(job: dict[str, Any]) -> list[dict[str, list[int]]]:
 
 def ours(job: dict[str, Any]) -> Any:
     from qlora.data.rendering import RenderedRow
+    from qlora.data.store import Rows
     from qlora.models.base import resolve_base
     from qlora.models.loading import load_tokenizer, pick_device
     from qlora.recipe import Recipe
@@ -261,13 +262,13 @@ def ours(job: dict[str, Any]) -> Any:
         section, _, name = key.partition(".")
         document.setdefault(section, {})[name] = value
     recipe = Recipe.model_validate(document)
-    rows = [RenderedRow(row["input_ids"], row["labels"], 0, False, "") for row in token_rows(job)]
+    rows = Rows.of(RenderedRow(row["input_ids"], row["labels"], 0, False, "") for row in token_rows(job))
     return build_trainer(
         recipe,
         resolve_base(job["model"], None),
         load_tokenizer(Path(job["model"])),
         rows,
-        [],
+        None,
         device=pick_device(job["device"]),
         checkpoints=Path(tempfile.mkdtemp()),
     )

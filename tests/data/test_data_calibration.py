@@ -9,6 +9,7 @@ from qlora.data.calibration import calibration_row, calibration_rows, refinement
 from qlora.data.corpora import corpus_digest, corpus_texts
 from qlora.data.formats import Completion
 from qlora.data.rendering import RenderedRow, render
+from qlora.data.store import Rows
 from qlora.errors import UserError
 from qlora.recipe import Calibration, Quantize
 
@@ -17,9 +18,9 @@ GENERAL = [f"{n}: the quick brown fox jumps over the lazy dog.\n{n} again, and m
 
 @pytest.fixture(scope="module")
 def train(chatml_tokenizer):
-    return [
+    return Rows.of(
         render(Completion(f"question {n} " * (1 + n % 5), "answer"), chatml_tokenizer, max_length=99) for n in range(40)
-    ]
+    )
 
 
 @pytest.fixture
@@ -46,7 +47,8 @@ def test_draws_are_seeded_and_from_training_rows(train, chatml_tokenizer):
 
 
 def test_evaluation_rows_and_duplicates_are_left_out(train, chatml_tokenizer):
-    rows = calibration_rows(section(samples=99), train + train, chatml_tokenizer, seed=0, exclude=train[:10])
+    twice = train.select([*range(40)] * 2)
+    rows = calibration_rows(section(samples=99), twice, chatml_tokenizer, seed=0, exclude=train[:10])
     assert sorted(ids(rows)) == sorted(row.input_ids for row in train[10:])
     with pytest.raises(UserError, match="no training row is left"):
         calibration_rows(section(samples=9), train, chatml_tokenizer, seed=0, exclude=train)

@@ -2,8 +2,9 @@
 
 import pytest
 
-from qlora.data.formats import Chat, Completion, Judged, Pair, Text, detect_format, read_examples, to_example
-from qlora.data.sources import RawRows
+from qlora.data.formats import Chat, Completion, Examples, Judged, Pair, Text, detect_format, to_example
+from qlora.data.index import read_index
+from qlora.data.splits import all_rows
 from qlora.errors import UserError
 
 QUESTION, ANSWER = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -51,7 +52,7 @@ FITTING = [
 
 @pytest.mark.parametrize("row, format, example", FITTING)
 def test_detection_and_normal_form(row, format, example):
-    assert detect_format(RawRows([row], "rows")) == format
+    assert detect_format(row) == format
     assert to_example(row, format) == example
 
 
@@ -104,14 +105,14 @@ def test_a_row_that_does_not_fit(row, format, message):
 
 def test_unknown_columns_are_listed_with_what_would_fit(jsonl_source):
     with pytest.raises(UserError, match=r"train\.jsonl:1: the columns `body`, `head` fit no known format") as caught:
-        read_examples(jsonl_source([{"body": "", "head": ""}]))
+        read_index(jsonl_source([{"body": "", "head": ""}]))
     assert "`question`, `answer` (instruction)" in str(caught.value)
 
 
 def test_all_bad_rows_are_counted(jsonl_source):
     rows = [{"text": "ok"}, *({"text": number} for number in range(9))]
     with pytest.raises(UserError, match="4 more: 9 of 10 rows"):
-        read_examples(jsonl_source(rows))
+        read_index(jsonl_source(rows))
 
 
 def test_function_calls_and_their_results_in_turns():
@@ -133,18 +134,23 @@ def test_function_calls_and_their_results_in_turns():
 def test_columns_of_other_names(jsonl_source):
     rows = [{"problem": "q", "solution": "a", "answer": "not this"}] * 2
     source = jsonl_source(rows, columns={"question": "problem", "answer": "solution"})
-    assert read_examples(source) == [(Chat((QUESTION, ANSWER)), f"{source.path}:{line}") for line in (1, 2)]
+    examples = Examples(source)
+    assert [(read.example, examples.where(read.file, read.place)) for read in examples] == [
+        (Chat((QUESTION, ANSWER)), f"{source.path}:{line}") for line in (1, 2)
+    ]
     with pytest.raises(UserError, match="there is no column `proof`; the rows have `problem`, `solution`, `answer`"):
-        read_examples(jsonl_source(rows, columns={"question": "problem", "answer": "proof"}))
+        read_index(jsonl_source(rows, columns={"question": "problem", "answer": "proof"}))
     with pytest.raises(UserError, match="no format has a column `q`"):
-        read_examples(jsonl_source(rows, columns={"q": "problem"}))
+        read_index(jsonl_source(rows, columns={"q": "problem"}))
 
 
 def test_weights_repeat_rows_and_choose_a_share_that_stays(jsonl_source):
     rows = [{"text": str(number)} for number in range(40)]
 
     def texts(given, **fields):
-        return [example.text for example, _ in read_examples(jsonl_source(given, **fields))]
+        source = jsonl_source(given, **fields)
+        read = [read.example.text for read in Examples(source)]
+        return [read[number] for _, numbers in all_rows(source).parts for number in numbers]
 
     every = texts(rows)
     assert texts(rows, weight=2) == every * 2

@@ -4,16 +4,16 @@ import json
 
 import pytest
 
-from qlora.data.formats import read_examples
 from qlora.data.lint import Segment, coloured, lint
-from qlora.data.preparation import render_examples
+from qlora.data.preparation import render_rows
+from qlora.data.splits import all_rows
 
 
 @pytest.fixture
 def rendered(jsonl_source, data_settings):
     def render(rows, tokenizer, split_name="train", **fields):
         source = jsonl_source(rows, name=f"{split_name}.jsonl")
-        return render_examples(read_examples(source), tokenizer, data_settings(**fields), split_name=split_name)
+        return render_rows(all_rows(source), tokenizer, data_settings(**fields), split_name=split_name)
 
     return render
 

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from qlora.data.formats import Chat, Completion, Judged, Pair, Text, read_examples
-from qlora.data.preparation import prepare, render_examples
+from qlora.data.formats import Chat, Completion, Judged, Pair, Text
+from qlora.data.preparation import prepare, render_rows
 from qlora.data.rendering import IGNORED, Renderer, render
+from qlora.data.splits import all_rows
 from qlora.data.templates import resolve_chat_template
 from qlora.errors import UserError
 
@@ -230,7 +231,7 @@ def test_a_pair_is_the_better_row_with_the_other_answer_behind_its_prompt(tokeni
 def test_pairs_that_are_cut_where_they_differ_are_counted(jsonl_source, chatml_tokenizer, data_settings):
     source = jsonl_source([{"prompt": "q", "chosen": "same words " * 9 + "a", "rejected": "same words " * 9 + "b"}])
     with pytest.raises(UserError, match="both answers are the same"):
-        prepare(read_examples(source), chatml_tokenizer, data_settings(max_length=8), split_name="train")
+        prepare(all_rows(source), chatml_tokenizer, data_settings(max_length=8), split_name="train")
 
 
 def test_a_judged_answer_keeps_its_judgement(tokenizer):
@@ -318,7 +319,7 @@ def test_prepare_counts_and_locates(jsonl_source, chatml_tokenizer, data_setting
     source = jsonl_source([{"prompt": "p", "completion": "c" * length} for length in (1, 2, 40)])
     reported = []
     prepared = prepare(
-        read_examples(source) * 2,
+        all_rows(source.model_copy(update={"weight": 2})),
         chatml_tokenizer,
         data_settings(max_length=10),
         split_name="train",
@@ -329,31 +330,29 @@ def test_prepare_counts_and_locates(jsonl_source, chatml_tokenizer, data_setting
     assert prepared.statistics.supervised_tokens == sum(
         label != IGNORED for row in prepared.rows for label in row.labels
     )
-    assert prepared.locations[5].endswith("train.jsonl:3")
+    assert prepared.rows.where(5).endswith("train.jsonl:3")
     assert prepared.chat_template is None
-    assert reported[-1] == (6, 6)
+    assert reported[-1] == (3, 3)
 
 
 def test_overlong_rows_are_dropped_when_asked(jsonl_source, chatml_tokenizer, data_settings):
     source = jsonl_source([{"prompt": "p", "completion": "c" * length} for length in (1, 40)])
     prepared = prepare(
-        read_examples(source), chatml_tokenizer, data_settings(max_length=10, overlong="drop"), split_name="train"
+        all_rows(source), chatml_tokenizer, data_settings(max_length=10, overlong="drop"), split_name="train"
     )
     assert (len(prepared.rows), prepared.statistics.dropped, prepared.statistics.truncated) == (1, 1, 0)
     with pytest.raises(UserError, match="all 2 rows of the train split are longer than 1 tokens"):
-        prepare(
-            read_examples(source), chatml_tokenizer, data_settings(max_length=1, overlong="drop"), split_name="train"
-        )
+        prepare(all_rows(source), chatml_tokenizer, data_settings(max_length=1, overlong="drop"), split_name="train")
 
 
 def test_rows_without_a_supervised_token_are_counted_and_shown(jsonl_source, chatml_tokenizer, data_settings):
     source = jsonl_source([{"prompt": "word " * 50, "completion": "c"}] * 7 + [{"prompt": "p", "completion": "c"}])
     with pytest.raises(UserError) as caught:
-        prepare(read_examples(source), chatml_tokenizer, data_settings(max_length=20), split_name="train")
+        prepare(all_rows(source), chatml_tokenizer, data_settings(max_length=20), split_name="train")
     message = str(caught.value)
     assert "train.jsonl:1: no token carries loss: the prompt alone fills max_length (20 tokens); it ends …'" in message
     assert "2 more: 7 of 8 rows" in message
-    kept = render_examples(read_examples(source), chatml_tokenizer, data_settings(max_length=20), split_name="train")
+    kept = render_rows(all_rows(source), chatml_tokenizer, data_settings(max_length=20), split_name="train")
     assert len(kept.rows) == 8
 
 
@@ -365,10 +364,8 @@ def test_the_first_token_of_a_row_is_never_supervised(chatml_tokenizer):
 def test_data_that_need_a_template_without_one(jsonl_source, spaced_tokenizer, data_settings):
     source = jsonl_source([{"question": "q", "answer": "a"}])
     with pytest.raises(UserError, match="this model's tokenizer has no chat template"):
-        prepare(read_examples(source), spaced_tokenizer, data_settings(), split_name="train")
-    prepared = prepare(
-        read_examples(source), spaced_tokenizer, data_settings(chat_template="mistral"), split_name="train"
-    )
+        prepare(all_rows(source), spaced_tokenizer, data_settings(), split_name="train")
+    prepared = prepare(all_rows(source), spaced_tokenizer, data_settings(chat_template="mistral"), split_name="train")
     assert prepared.chat_template == resolve_chat_template(spaced_tokenizer, "mistral")
     assert supervised_text(prepared.rows[0], spaced_tokenizer).strip() == "a</s>"
 
@@ -378,4 +375,4 @@ def test_rows_that_cannot_be_rendered_are_located(jsonl_source, chatml_tokenizer
     template.write_text("{% if messages[0].content == 'bad' %}{{ raise_exception('no') }}{% endif %}{{ eos_token }}")
     source = jsonl_source([{"question": question, "answer": "a"} for question in ("good", "bad")])
     with pytest.raises(UserError, match=r"train\.jsonl:2: the chat template refuses this conversation: no"):
-        prepare(read_examples(source), chatml_tokenizer, data_settings(chat_template=str(template)), split_name="train")
+        prepare(all_rows(source), chatml_tokenizer, data_settings(chat_template=str(template)), split_name="train")

@@ -10,10 +10,31 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from qlora.data.sources import is_local, load_rows, load_texts, source_digest
-from qlora.errors import UserError
+from qlora.data.index import read_index
+from qlora.data.sources import BadRows, is_local, load_texts, located, open_rows, source_digest
+from qlora.errors import Problem, UserError
 
 ROWS = [{"prompt": "a", "completion": "b\nc"}, {"prompt": 'ü, "x"', "completion": "d"}]
+
+
+def rows_of(source):
+    return [row.content for row in open_rows(source)]
+
+
+def places_of(source):
+    rows = open_rows(source)
+    return [rows.where(row.file, row.place) for row in rows]
+
+
+def read_all(source):
+    """Raises for bad rows, as reading an index does."""
+    rows, bad, total = open_rows(source), BadRows(), 0
+    for row in rows:
+        total += 1
+        if isinstance(row.content, Problem):
+            bad.add(located(row.content, rows.where(row.file, row.place)))
+    bad.raise_any(total)
+    return total
 
 
 @pytest.fixture
@@ -28,24 +49,26 @@ def files(tmp_path):
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "lines.json", "rows.csv", "rows.parquet"])
 def test_every_kind_of_file_gives_the_same_rows(files, make_source, name):
-    loaded = load_rows(make_source(files / name))
-    assert list(loaded) == ROWS
-    assert name in loaded.where(1)
+    source = make_source(files / name)
+    assert rows_of(source) == ROWS == rows_of(source)
+    assert name in places_of(source)[1]
+    shares = [row.share for row in open_rows(source)]
+    assert shares == sorted(shares) and shares[0] > 0 and shares[-1] <= 1
 
 
 def test_blank_lines_do_not_shift_line_numbers(files, make_source):
-    assert load_rows(make_source(files / "rows.jsonl")).where(1).endswith("rows.jsonl:3")
+    assert places_of(make_source(files / "rows.jsonl"))[1].endswith("rows.jsonl:3")
 
 
 def test_max_rows_keeps_the_first(files, make_source):
-    assert list(load_rows(make_source(files / "rows.csv", max_rows=1))) == ROWS[:1]
+    assert rows_of(make_source(files / "rows.csv", max_rows=1)) == ROWS[:1]
 
 
 def test_malformed_lines_are_all_counted_and_the_first_shown(tmp_path, make_source):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "ok"}\n' + '{"text": \n' * 7 + "[1]\n")
     with pytest.raises(UserError) as caught:
-        load_rows(make_source(path))
+        read_all(make_source(path))
     message = str(caught.value)
     assert f"{path}:2: not valid JSON" in message
     assert f"{path}:6" in message and f"{path}:7" not in message
@@ -67,32 +90,32 @@ def test_other_malformed_files(tmp_path, make_source):
     for name, (content, message) in cases.items():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(UserError, match=message):
-            load_rows(make_source(tmp_path / name))
+            read_all(make_source(tmp_path / name))
 
 
 def test_a_missing_file_suggests_its_neighbours(files, make_source):
     with pytest.raises(UserError, match=r"Did you mean .*lines\.json"):
-        load_rows(make_source(files / "linse.json"))
+        read_all(make_source(files / "linse.json"))
     with pytest.raises(UserError, match="the folder .*nowhere is missing"):
-        load_rows(make_source(files / "nowhere" / "deep" / "rows.json"))
+        read_all(make_source(files / "nowhere" / "deep" / "rows.json"))
 
 
 def test_a_folder_gives_the_files_of_its_split_only(tmp_path, make_source):
     for name in ("train-0.jsonl", "train-1.jsonl", "test.jsonl"):
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
-    assert [row["text"] for row in load_rows(make_source(tmp_path))] == ["train-0.jsonl", "train-1.jsonl"]
-    assert [row["text"] for row in load_rows(make_source(tmp_path, split="test"))] == ["test.jsonl"]
+    assert [row["text"] for row in rows_of(make_source(tmp_path))] == ["train-0.jsonl", "train-1.jsonl"]
+    assert [row["text"] for row in rows_of(make_source(tmp_path, split="test"))] == ["test.jsonl"]
     with pytest.raises(UserError, match="no file for the split `validation`"):
-        load_rows(make_source(tmp_path, split="validation"))
+        read_all(make_source(tmp_path, split="validation"))
 
 
 def test_a_folder_of_unnamed_shards_is_read_whole(tmp_path, make_source):
     for name in ("part-0.jsonl", "part-1.jsonl"):
         (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
-    assert len(load_rows(make_source(tmp_path))) == 2
+    assert len(rows_of(make_source(tmp_path))) == 2
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no data file"):
-        load_rows(make_source(tmp_path / "empty"))
+        read_all(make_source(tmp_path / "empty"))
 
 
 def test_local_paths_and_hub_ids_are_told_apart():
@@ -119,7 +142,7 @@ def test_texts_come_in_paragraphs_or_rows(tmp_path, jsonl_source):
     (tmp_path / "general.txt").write_text("one\nline two\n\n \nthree\n")
     assert load_texts(str(tmp_path / "general.txt")) == ["one\nline two", "three\n"]
     assert load_texts(jsonl_source([{"text": "a"}, {"text": "b"}]).path) == ["a", "b"]
-    with pytest.raises(UserError, match="1 rows have no text"):
+    with pytest.raises(UserError, match="jsonl:2: no text in a column `text`"):
         load_texts(jsonl_source([{"text": "a"}, {"body": "b"}]).path)
     with pytest.raises(UserError, match=r"Did you mean general\.txt"):
         load_texts(str(tmp_path / "generel.txt"))
@@ -127,11 +150,11 @@ def test_texts_come_in_paragraphs_or_rows(tmp_path, jsonl_source):
 
 def test_a_hub_data_set_out_of_reach():
     program = (
-        "from qlora.data.sources import load_rows\n"
+        "from qlora.data.sources import open_rows\n"
         "from qlora.errors import UserError\n"
         "from qlora.recipe import Source\n"
         "try:\n"
-        "    load_rows(Source(path='nobody/no-such-data'))\n"
+        "    open_rows(Source(path='nobody/no-such-data'))\n"
         "except UserError as error:\n"
         "    print(error)\n"
     )
@@ -146,11 +169,55 @@ def test_a_data_set_saved_to_disk(tmp_path, make_source):
     splits.save_to_disk(tmp_path / "both")
     splits["train"].save_to_disk(tmp_path / "one")
     for source in (make_source(tmp_path / "both"), make_source(tmp_path / "one")):
-        loaded = load_rows(source)
-        assert list(loaded) == rows[:3] and loaded.where(1).endswith(", row 1")
-        assert len(load_rows(source.model_copy(update={"max_rows": 2}))) == 2
-    assert list(load_rows(make_source(tmp_path / "both", split="test"))) == rows[3:]
+        assert rows_of(source) == rows[:3] and places_of(source)[1].endswith(", row 1")
+        assert rows_of(source.model_copy(update={"max_rows": 2})) == rows[:2]
+    assert rows_of(make_source(tmp_path / "both", split="test")) == rows[3:]
     with pytest.raises(UserError, match=r"no split `dev` \(found: test, train\)"):
-        load_rows(make_source(tmp_path / "both", split="dev"))
+        read_all(make_source(tmp_path / "both", split="dev"))
     same = source_digest(make_source(tmp_path / "both")), source_digest(make_source(tmp_path / "both", split="test"))
     assert same[0] != same[1] and source_digest(make_source(tmp_path / "both")) == same[0]
+
+
+@pytest.fixture
+def hub_layout(tmp_path, monkeypatch):
+    """A data set as a repository of the hub has it, with two configurations, where `load_dataset` finds it offline."""
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    for name in ("main-train", "main-test", "other-train"):
+        rows = [{"question": f"{name} {number}", "answer": "a"} for number in range(6)]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    parts = {"main": ("train", "test"), "other": ("train",)}
+    configs = "".join(
+        f"- config_name: {config}\n  data_files:\n"
+        + "".join(f"  - split: {split}\n    path: {config}-{split}.jsonl\n" for split in splits)
+        for config, splits in parts.items()
+    )
+    (folder / "README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets")
+    return "owner/name"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_configurations_and_splits_of_the_hub_downloaded_or_streamed(hub_layout, make_source, stream):
+    def questions(**fields):
+        source = make_source(hub_layout, revision="a" * 40, stream=stream, **fields)
+        assert [row.place for row in open_rows(source)] == list(range(len(rows_of(source))))
+        assert len(read_index(source)) == len(rows_of(source))
+        return [row["question"] for row in rows_of(source)]
+
+    assert questions(config="main") == [f"main-train {number}" for number in range(6)]
+    assert questions(config="main", split="test", max_rows=2) == ["main-test 0", "main-test 1"]
+    assert questions(config="other")[0] == "other-train 0"
+    with pytest.raises(UserError, match=r"hub data set owner/name \(none\) \[train\]: cannot be read from the hub"):
+        questions(config="none")
+
+
+def test_what_cannot_be_streamed(files, make_source):
+    with pytest.raises(ValueError, match="set revision to a commit"):
+        make_source("owner/name", stream=True)
+    with pytest.raises(ValueError, match="set revision to a commit"):
+        make_source("owner/name", stream=True, revision="main")
+    with pytest.raises(UserError, match="local rows are always read as they are needed"):
+        open_rows(make_source(files / "rows.jsonl", stream=True, revision="a" * 40))

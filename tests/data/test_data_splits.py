@@ -4,7 +4,9 @@ import random
 
 import pytest
 
+from qlora.data.formats import Examples
 from qlora.data.splits import MOST_HELD_OUT, read_splits
+from qlora.errors import UserError
 from qlora.recipe import Data
 
 
@@ -25,9 +27,13 @@ def splits(jsonl_source):
             )
         )
         return found, *(
-            [tuple(message["content"] for message in example.messages) for example, _ in split or []]
+            [row for source, numbers in split.parts for row in contents(source, numbers)] if split else []
             for split in (found.train, found.evaluation)
         )
+
+    def contents(source, numbers):
+        every = [tuple(message["content"] for message in read.example.messages) for read in Examples(source)]
+        return [every[number] for number in numbers]
 
     return read
 
@@ -73,3 +79,28 @@ def test_what_is_left_out_has_a_digest(splits):
     assert digests[0] == digests[1] != digests[2]
     other = [{"question": "not trained on", "answer": "a"}]
     assert splits(rows, other)[0].digest == splits(rows, eval_share=0)[0].digest
+
+
+def test_a_mixture_keeps_the_order_of_its_sources_and_loses_what_is_held_out_in_each(jsonl_source):
+    rows = rows_of(40)
+    sources = [
+        jsonl_source(rows[:8], name="twice.jsonl", weight=2),
+        jsonl_source(rows[8:28], name="half.jsonl", weight=0.5),
+        jsonl_source(rows[28:], name="first.jsonl", max_rows=3),
+    ]
+    held_out = jsonl_source([*rows[2:4], *rows[28:30]], name="eval.jsonl")
+    found = read_splits(Data(train=sources, eval=held_out))
+    (_, twice), (_, half), (_, first) = found.train.parts
+    assert twice.tolist() == [n for n in range(8) if n not in (2, 3)] * 2
+    assert len(half) == 10 and half.tolist() == sorted(half.tolist()) and first.tolist() == [2]
+    assert found.removed == 2 * 2 + 2 and len(found.train) == 12 + 10 + 1
+    share = read_splits(Data(train=sources, eval_share=0.1))
+    assert share.evaluation is not None and len(share.evaluation) == 2, "of 21 prompts"
+    assert share.held_out >= 2 and len(share.train) + share.held_out == 16 + 10 + 3
+
+
+def test_all_sources_that_cannot_be_read_are_named(jsonl_source, make_source, tmp_path):
+    sources = [make_source(tmp_path / "missing.jsonl"), jsonl_source([{"body": ""}]), make_source(tmp_path / "no.csv")]
+    with pytest.raises(UserError) as caught:
+        read_splits(Data(train=sources))
+    assert len(caught.value.problems) == 3

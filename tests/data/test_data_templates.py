@@ -21,8 +21,14 @@ EXPECTED = {
     "llama-3": "<|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|><|start_header_id|>user<|end_header_id|>\n\n"
     "U1<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\nA1<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\nU2<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n",
+    "phi-3.5": "<|system|>\nS<|end|>\n<|user|>\nU1<|end|>\n<|assistant|>\nA1<|end|>\n"
+    "<|user|>\nU2<|end|>\n<|assistant|>\n",
+    "phi-4": "<|im_start|>system<|im_sep|>S<|im_end|><|im_start|>user<|im_sep|>U1<|im_end|>"
+    "<|im_start|>assistant<|im_sep|>A1<|im_end|><|im_start|>user<|im_sep|>U2<|im_end|><|im_start|>assistant<|im_sep|>",
     "mistral": "[INST] S\n\nU1[/INST] A1</s>[INST] U2[/INST]",
 }
+
+EXPECTED["qwen-3"] = EXPECTED["chatml"]  # without thoughts and tools
 
 
 @pytest.mark.parametrize("name", NAMED_TEMPLATES)

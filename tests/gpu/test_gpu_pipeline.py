@@ -70,7 +70,7 @@ def test_evaluation_leaves_the_gradients_what_they_were(tiny_recipe, tmp_path):
     def gradients() -> dict[str, torch.Tensor]:
         trainer.model.train()
         trainer.model.zero_grad()
-        batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+        batch = next(iter(trainer.get_eval_dataloader()))
         with torch.autocast("cuda", dtype=torch.bfloat16):
             trainer.compute_loss(trainer.model, batch).backward()
         return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}

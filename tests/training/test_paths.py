@@ -48,7 +48,7 @@ def losses(tiny_recipe, tiny_model, tmp_path):
         path = tiny_recipe(model={"base": str(directory)}, device=device, train={"learning_rate": 0.003})
         run = Run(load_recipe(path, (f"train.max_steps={STEPS[device]}", "train.log_every=1", *overrides)))
         trainer = build_trainer(
-            run.recipe, run.base, run.tokenizer, run.train_rows.rows, [],
+            run.recipe, run.base, run.tokenizer, run.train_rows.rows, None,
             device="cuda:0" if device == "cuda" else device, checkpoints=Path(tmp_path / "checkpoints"),
         )  # fmt: skip
         trainer.train()

@@ -47,6 +47,18 @@ def test_padding_is_counted_and_small_where_rows_stand_by_length() -> None:
 
 
 @pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("multiple", [1, 64])
+@pytest.mark.parametrize("processes, forwards", [(1, 1), (1, 3), (2, 3), (1, 16)])
+def test_the_longest_forward_is_found_without_dividing_every_step(padded, multiple, processes, forwards) -> None:
+    for lengths in (LENGTHS, LENGTHS[:15], [7] * 40, [1] * 99 + [500]):
+        plan = schedule(lengths=lengths, padded=padded, multiple=multiple, processes=processes, forwards=forwards)
+        every = [plan.tokens(rows) for epoch in range(3) for step in plan.steps(epoch) for rows in step]
+        assert plan.longest(3) == max(every)
+        assert plan.work(plan.steps_per_epoch)[-1] == (sum(lengths), sum(every[: len(every) // 3]))
+        assert sum(len(Forwards(plan, process)) for process in range(processes)) == len(every) // 3
+
+
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("most_tokens", [600, 1000, 3000, 10**6])
 def test_no_forward_is_longer_than_asked_and_there_are_no_more_than_needed(most_tokens, padded) -> None:
     plan = plan_schedule(

@@ -48,7 +48,7 @@ def gradients(trainer) -> dict[str, torch.Tensor]:
     """Gradients of one fixed batch, in training mode."""
     trainer.model.train()
     trainer.model.zero_grad()
-    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
+    batch = next(iter(trainer.get_eval_dataloader()))
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as the trainer runs it
         trainer.compute_loss(trainer.model, batch).backward()
     return {name: p.grad.clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
@@ -92,9 +92,9 @@ def test_only_the_adapter_trains_and_nothing_is_upcast(trainer_of):
 
 
 def test_the_batch_holds_the_rendered_labels_and_teaches_the_end_of_turn(trainer_of):
-    trainer, run = trainer_of()
-    batch = next(iter(trainer.get_eval_dataloader(trainer.train_dataset)))
-    rendered = {tuple(row.input_ids): row.labels for row in run.train_rows.rows}
+    trainer, run = trainer_of("train.evaluate_every=1")
+    batch = next(iter(trainer.get_eval_dataloader()))
+    rendered = {tuple(row.input_ids): row.labels for row in run.eval_rows.rows}
     for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
         length = int(mask.sum())
         assert rendered[tuple(ids[:length].tolist())] == labels[:length].tolist()
