@@ -109,8 +109,8 @@ def test_outside_of_training_an_adapter_is_added_before_rounding(load, tmp_path)
     adapted, _ = adapter(model, torch.arange(4)[None])
     adapted.save_pretrained(tmp_path)
     expected = adapted.eval()(torch.arange(9)[None]).logits
-    _, again = load("gptq", 4, False)
-    trained = load_trained(again, tmp_path)
+    base, again = load("gptq", 4, False)
+    trained = load_trained(again, tmp_path, base.directory)
     forwards = [module.forward for name, module in trained.named_modules() if name.endswith("q_proj")]
     assert all("adapter_sums" in forward.__module__ for forward in forwards)
     torch.testing.assert_close(trained(torch.arange(9)[None]).logits, expected)
