@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from qlora.data.index import ProgressCallback, read_index
@@ -23,6 +21,7 @@ from qlora.data.splits import read_splits
 from qlora.data.store import Rows as RenderedRows
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
+from qlora.fits import Free, free_now, shortfalls, slowed
 from qlora.merging.combination import combined_parameters
 from qlora.models.base import as_converted
 from qlora.models.estimates import estimate_stages
@@ -52,15 +51,6 @@ from qlora.training.preference import PASSES, fewest_rows, longest_of
 P = ParamSpec("P")
 T = TypeVar("T")
 
-ADVICE = {
-    "train": "lower train.micro_batch_tokens or data.max_length, keep train.gradient_checkpointing, share the base "
-    "among several GPUs with train.shard, or free memory",
-    "merge": "free memory, or set device: cpu for this stage",
-    "quantize": "lower quantize.calibration.max_length or samples, or free memory",
-    "refine": "lower quantize.refine.tokens_per_step, set quantize.refine: null, or free memory",
-    "evaluate": "lower evaluate.batch_size, or free memory",
-}
-
 
 @dataclass(frozen=True)
 class BaseFacts:
@@ -74,15 +64,6 @@ class BaseFacts:
     quantized_parameters: int
     quantization: str
     adapter_parameters: int | None
-
-
-@dataclass(frozen=True)
-class Free:
-    """Bytes available now. `device` is None on a CPU, where the host's memory is what counts."""
-
-    device: int | None
-    host: int
-    disk: int
 
 
 @dataclass
@@ -128,7 +109,7 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
     problems: list[Problem] = []
     attempt = _Attempts(problems)
     device = attempt(pick_device, recipe.device) or "cpu"
-    report = CheckReport(recipe.name, machine_of(device), _free(recipe, device), problems=problems)
+    report = CheckReport(recipe.name, machine_of(device), free_now(recipe, device), problems=problems)
     base = attempt(preview_base, recipe.model.base, recipe.model.revision)
     base = as_converted(base) if base else None
     with parse_gguf_once() if base and base.gguf_file else nullcontext():
@@ -183,7 +164,8 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
             f"no training: the sum of {len(recipe.lora.combine)} adapters",
         )
         report.stages = [stage for stage in report.stages if stage.stage != "train"]
-    report.shortfalls, report.warnings = _shortfalls(report), report.warnings + _slowed(report)
+    report.warnings += slowed(report.stages, report.free)
+    report.shortfalls = shortfalls(report.stages, report.free)
     return report
 
 
@@ -363,64 +345,3 @@ def _notes(recipe: Recipe) -> list[Problem]:
     if recipe.evaluate.generate:
         notes.append(Problem("times leave out generating answers", "evaluate.generate"))
     return notes
-
-
-def _free(recipe: Recipe, device: str) -> Free:
-    import psutil
-    import torch
-
-    output = Path(recipe.output_dir).absolute()
-    place = next(folder for folder in (output, *output.parents) if folder.exists())
-    return Free(
-        torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None,
-        psutil.virtual_memory().available,
-        shutil.disk_usage(place).free,
-    )
-
-
-def _moved(stage: StageEstimate, free: Free) -> int:
-    """Bytes of a stage that will be in host memory, since the GPU is too small."""
-    return 0 if free.device is None else min(stage.movable, max(0, stage.device - free.device))
-
-
-def _slowed(report: CheckReport) -> list[Problem]:
-    return [
-        Problem(
-            f"{gib(moved)} of the models in 16 bits will wait in host memory during {stage.stage}, which takes longer",
-            f"{stage.stage}.memory",
-        )
-        for stage in report.stages
-        if (moved := _moved(stage, report.free))
-    ]
-
-
-def _shortfalls(report: CheckReport) -> list[Problem]:
-    problems = []
-    free = report.free
-    for stage in report.stages:
-        moved = _moved(stage, free)
-        pools = [("host", stage.host + moved, free.host)]
-        if free.device is not None:
-            pools.append(("GPU", stage.device - moved, free.device))
-        problems += [
-            Problem(
-                f"{stage.stage} needs about {gib(need)} of {pool} memory, {gib(have)} are free", fix=ADVICE[stage.stage]
-            )
-            for pool, need, have in pools
-            if need > have
-        ]
-    disk = sum(stage.disk for stage in report.stages)
-    if disk > free.disk:
-        problems.append(
-            Problem(
-                f"all stages together need about {gib(disk)} of disk, {gib(free.disk)} are free",
-                "output_dir",
-                "free some space, or set output_dir to a larger disk",
-            )
-        )
-    return problems
-
-
-def gib(size: int) -> str:
-    """Bytes as `1.2 GiB`."""
-    return f"{size / 2**30:.1f} GiB"

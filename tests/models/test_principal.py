@@ -19,7 +19,7 @@ from qlora.models.loading import attach_adapter, load_base, load_plain, load_tra
 from qlora.models.principal import FILE, on_grid, principal_part
 from qlora.pipeline import Pipeline
 from qlora.recipe_file import load_recipe
-from qlora.stages import Run, _rungs
+from qlora.stages import Run
 
 IDS = torch.arange(48).reshape(2, 24) * 7 % 500
 
@@ -165,7 +165,11 @@ def test_a_whole_run_straight_from_the_adapter_and_what_its_ladder_compares(tiny
     Pipeline(recipe).run()
     rungs = {rung["name"]: rung for rung in read_json(recipe.run_dir / "evaluation" / "ladder.json")["rungs"]}
     assert rungs["trained"]["loss"] < rungs["nf4"]["loss"] and rungs["gptq"]["kl"] < 0.2
-    loaded = {rung.name: rung.load() for rung in _rungs(Run(recipe)) if rung.name in ("nf4", "trained")}
+    loaded = {
+        rung.name: rung.load()
+        for rung in rungs(Run(recipe), Run(recipe).eval_rows.rows)
+        if rung.name in ("nf4", "trained")
+    }
     base = load_base(recipe.model.base, recipe.model, "cpu", quantized=True)
     for name, layer in base.named_modules():
         if isinstance(layer, Linear4bit):
