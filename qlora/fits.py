@@ -14,7 +14,7 @@ from qlora.recipe import Recipe
 ADVICE = {
     "train": "lower train.micro_batch_tokens or data.max_length, keep train.gradient_checkpointing, share the base "
     "among several GPUs with train.shard, or free memory",
-    "merge": "free memory, or set device: cpu for this stage",
+    "merge": "free memory, or set merge.device: cpu",
     "quantize": "lower quantize.calibration.max_length or samples, or free memory",
     "refine": "lower quantize.refine.tokens_per_step, set quantize.refine: null, or free memory",
     "evaluate": "lower evaluate.batch_size, or free memory",
@@ -31,6 +31,7 @@ class Free:
 
 
 def free_now(recipe: Recipe, device: str) -> Free:
+    """Of the device, the host, and the disk that runs are written to."""
     import psutil
     import torch
 
@@ -49,6 +50,7 @@ def _moved(stage: StageEstimate, free: Free) -> int:
 
 
 def slowed(stages: Sequence[StageEstimate], free: Free) -> list[Problem]:
+    """What is there, but slower."""
     return [
         Problem(
             f"{gib(moved)} of the models in 16 bits will wait in host memory during {stage.stage}, which takes longer",

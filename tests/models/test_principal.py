@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 
+from qlora import rungs as ladder
 from qlora.artifacts import read_json
 from qlora.check import check
 from qlora.errors import UserError
@@ -165,11 +166,9 @@ def test_a_whole_run_straight_from_the_adapter_and_what_its_ladder_compares(tiny
     Pipeline(recipe).run()
     rungs = {rung["name"]: rung for rung in read_json(recipe.run_dir / "evaluation" / "ladder.json")["rungs"]}
     assert rungs["trained"]["loss"] < rungs["nf4"]["loss"] and rungs["gptq"]["kl"] < 0.2
-    loaded = {
-        rung.name: rung.load()
-        for rung in rungs(Run(recipe), Run(recipe).eval_rows.rows)
-        if rung.name in ("nf4", "trained")
-    }
+    started = Run(recipe)
+    models = ladder.rungs(started, started.eval_rows.rows)
+    loaded = {model.name: model.load() for model in models if model.name in ("nf4", "trained")}
     base = load_base(recipe.model.base, recipe.model, "cpu", quantized=True)
     for name, layer in base.named_modules():
         if isinstance(layer, Linear4bit):
