@@ -94,6 +94,8 @@ FEATURES: dict[str, dict[str, Rule]] = {
         "init: gaussian": _lora("init", "gaussian"),
         "init: loftq": _lora("init", "loftq"),
         "init: pissa": _lora("init", "pissa"),
+        "new tokens": _lora("new_tokens"),
+        "known tokens": _lora("train_tokens"),
         "start_from": _lora("start_from"),
         "combine": _lora("combine"),
         "adapter in bf16": _lora("dtype", "bfloat16"),

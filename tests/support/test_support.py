@@ -23,6 +23,8 @@ import support_table as table
 FORMS = ["lora.dora=true", "lora.rslora=true", "lora.rank_pattern={q_proj: 4}", "lora.alpha_pattern={v_proj: 4}"]
 PARTS = ["lora.modules_to_save=[norm]", "lora.dropout=0.1", "lora.dtype=bfloat16"]
 BIAS = "lora.bias=all"
+TOKENS = ["lora.new_tokens=['<box>']", "lora.train_tokens=['<|im_start|>']"]
+PISSA = "lora.init=pissa"
 AS_IS: list[str] = []
 UNWRITTEN = ["merge.write=false", "quantize.bits=8"]
 ORIGINAL = ["merge.base=original", "quantize.bits=3"]
@@ -38,12 +40,15 @@ CASES = {
     "NF4, LoftQ": ("orpo", ["lora.init=loftq", "lora.rslora=true"], [AS_IS, ["quantize.bits=2"]]),
     "NF4, parts": ("orpo", [SINGLE, *FORMS, *PARTS, BIAS], [AS_IS]),
     "NF4, some": ("dpo", ["lora.target_modules=[q_proj, up_proj]", "lora.init=gaussian", *PARTS], [ORIGINAL, GOING_ON]),
+    "NF4, PiSSA": ("orpo", [PISSA, "lora.rslora=true", *TOKENS], [AS_IS, ORIGINAL]),
+    "FP4, PiSSA": ("sft", [FP4, SINGLE, PISSA, *TOKENS, *PARTS], [UNWRITTEN, AS_IS]),
+    "16 bits, PiSSA": ("sft", [SIXTEEN, PISSA, "lora.rank_pattern={q_proj: 4}"], [AS_IS]),
     "16 bits, from": ("kto", [SIXTEEN, "lora.rslora=true"], [["quantize.bits=2"], [*GOING_ON, *UNWRITTEN], SUM]),
     "GPTQ base": ("dpo", ["model.base=GPTQ_BASE", *FORMS, *PARTS], [["quantize.bits=8"]]),
     "AWQ base": ("sft", ["model.base=AWQ_BASE", *FORMS, *PARTS, BIAS], [AS_IS]),
     "GPTQ codes": ("orpo", ["model.base=GPTQ_BASE", CODES, *FORMS, *PARTS, BIAS], [["quantize.bits=8"], UNWRITTEN]),
-    "AWQ codes": ("dpo", ["model.base=AWQ_BASE", CODES, *FORMS, *PARTS], [AS_IS]),
-    "int8": ("kto", [INT8, *FORMS[1:], *PARTS], [AS_IS, UNWRITTEN]),
+    "AWQ codes": ("dpo", ["model.base=AWQ_BASE", CODES, *FORMS, *PARTS, *TOKENS], [AS_IS]),
+    "int8": ("kto", [INT8, *FORMS[1:], *PARTS, *TOKENS], [AS_IS, UNWRITTEN]),
 }  # fmt: skip
 REFUSED = {
     ("int8", "DoRA"): [INT8, "lora.dora=true"],
@@ -55,6 +60,13 @@ REFUSED = {
     ("init: loftq", "KTO"): ["lora.init=loftq", "train.method=kto"],
     ("init: loftq", "DoRA"): ["lora.init=loftq", "lora.dora=true"],
     ("init: loftq", "start_from"): ["lora.init=loftq", "lora.start_from=runs/a/adapter"],
+    ("init: pissa", "int8"): [PISSA, INT8],
+    ("init: pissa", "GPTQ checkpoint as it is"): [PISSA, CODES],
+    ("init: pissa", "AWQ checkpoint as it is"): [PISSA, CODES],
+    ("init: pissa", "DPO"): [PISSA, "train.method=dpo"],
+    ("init: pissa", "KTO"): [PISSA, "train.method=kto"],
+    ("init: pissa", "DoRA"): [PISSA, "lora.dora=true"],
+    ("init: pissa", "start_from"): [PISSA, "lora.start_from=runs/a/adapter"],
     ("biases", "DPO"): [BIAS, "train.method=dpo"],
     ("biases", "KTO"): [BIAS, "train.method=kto"],
     ("combine", "start_from"): ["lora.combine=[{path: runs/a/adapter}]", "lora.start_from=runs/a/adapter"],
