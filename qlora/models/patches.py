@@ -81,3 +81,13 @@ def left_out_of_ddp(model: Any, names: Sequence[str]) -> None:
     from torch.nn.parallel import DistributedDataParallel
 
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, names)
+
+
+def on_one_gpu(arguments: Any) -> None:
+    """Have a process train on its own GPU where it sees several, for evaluation or another run.
+
+    transformers counts all of them for nn.DataParallel, which TRL refuses, and has no public way to say otherwise
+    (TrainingArguments.n_gpu, 5.17 to 5.23; its Trainer sets this too, for models that lie on several GPUs).
+    """
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1

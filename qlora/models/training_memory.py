@@ -191,7 +191,7 @@ class Trained:
         busy = slower * self._computing(one) + dequantizing + PASS_SECONDS[device] * self.shapes.layers
         gathering = 2 * (1 - 1 / self.shards) * self._packed_bytes / GATHER_RATE[device]  # forward and backward
         launched_alone = self.fused and not (self.records and not one.offloaded)
-        return max(busy, gathering, self._launching if launched_alone else 0.0)
+        return max(busy, gathering, self._launching(one) if launched_alone else 0.0)
 
     @property
     def _packed_bytes(self) -> int:
@@ -199,13 +199,12 @@ class Trained:
 
     def recorded(self, one: Pass) -> bool:
         """Whether such passes are recorded: where they can be, and a GPU is done with kernels before others come."""
-        return self.records and self.fused and not one.offloaded and self._computing(one) < self._launching
+        return self.records and self.fused and not one.offloaded and self._computing(one) < self._launching(one)
 
-    @property
-    def _launching(self) -> float:
-        """Seconds in which a host launches a pass."""
+    def _launching(self, one: Pass) -> float:
+        """Seconds in which a host launches a pass: of what is computed again, a third twice."""
         found = LAUNCH_SECONDS if self.measured is None else self.measured.launch_seconds or 0.0
-        return found * self.shapes.layers
+        return found * (self.shapes.layers + one.recomputed / 3)
 
     def _computing(self, one: Pass) -> float:
         share = one.recomputed / self.shapes.layers

@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from qlora.errors import UserError
 from qlora.kernels.float8 import missing as float8_missing
+from qlora.models.patches import on_one_gpu
 from qlora.recipe import Recipe
 
 LOG_EVERY = 10  # steps, on a GPU
@@ -87,4 +88,5 @@ def training_arguments(recipe: Recipe, device: str, checkpoints: Path, has_eval:
         what = f"TRL's {name} has no field {', '.join(unknown)}"
         raise UserError(what, "train.args", f"see TRL's documentation of {name}")
     found: TrainingArguments = config(**options | train.args)
+    on_one_gpu(found)
     return found

@@ -134,6 +134,7 @@ def _plan(
     shapes = training_shapes(bare, recipe.model, base.packed or base.directory)
     recompute_first(model.get_base_model(), 0)
     measured = probe(model, shapes.layers, packed=not padded)
+    log.info("a layer keeps %d bytes a token; %s seconds to launch it", measured.kept_bytes, measured.launch_seconds)
     free = free_for_training(device)
     if config.world_size > 1:
         found = gather_object([(free, measured)])

@@ -18,13 +18,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qlora.artifacts import read_json, write_json
 from qlora.errors import QloraError, UserError
 from qlora.models.loading import attach_adapter
+from qlora.models.patches import on_one_gpu
 from qlora.models.sharding import Sharding
 from qlora.pipeline import Pipeline
 from qlora.recipe import Lora, Recipe
 from qlora.recipe_file import load_recipe
 from qlora.stages import Run
 from qlora.training import sft
-from qlora.training.arguments import PLAN
+from qlora.training.arguments import PLAN, training_arguments
 from qlora.training.launch import require_plain_launch, require_processes
 from qlora.training.plan import Division
 from qlora.training.recompute import recompute_first
@@ -80,6 +81,13 @@ def test_what_pissa_takes_from_the_weights_is_the_same_on_all_processes(tiny_rec
     Pipeline(load_recipe(path, (f"output_dir={tmp_path / 'alone'}",))).run_stage("train")
     launch([sys.executable, "-m", "qlora", "train", str(path), "train.processes=2"], tmp_path / "two")
     same_training(tmp_path / "alone", tmp_path / "two", processes=2)
+
+
+def test_a_process_that_sees_several_gpus_trains_on_its_own(tiny_recipe, tmp_path):
+    arguments = training_arguments(load_recipe(tiny_recipe()), "cpu", tmp_path, has_eval=False)
+    arguments._n_gpu = 2  # as transformers counts them, where nothing was launched
+    on_one_gpu(arguments)
+    assert arguments.n_gpu == 1 and arguments.train_batch_size == arguments.per_device_train_batch_size
 
 
 def launch(command: list[str], output_dir: Path, environment: dict[str, str] | None = None) -> None:
