@@ -19,6 +19,7 @@ from random_llama import STD, write_byte_tokenizer
 from train import GIB, peak_memory, run_steps
 from transformers import PretrainedConfig, PreTrainedModel
 
+from qlora.data.store import Rows
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES, bitsandbytes_config, disable_cpu_repacking, load_tokenizer
 from qlora.models.shapes import skeleton
@@ -54,7 +55,8 @@ def train_random(
         write_byte_tokenizer(Path(folder))
         base = Base(recipe.model.base, None, Path(folder))
         checkpoints = Path(folder) / "checkpoints"
-        trainer = build(recipe, base, load_tokenizer(base.directory), rows, [], device=device, checkpoints=checkpoints)
+        tokenizer = load_tokenizer(base.directory)
+        trainer = build(recipe, base, tokenizer, Rows.of(rows), None, device=device, checkpoints=checkpoints)
         times, logs = run_steps(trainer, on_gpu=on_gpu)
     memory = peak_memory(on_gpu=on_gpu)
     return {
