@@ -164,6 +164,15 @@ def exclusive(directory: Path) -> Iterator[None]:
         yield
 
 
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Wait until no other process is in here for the same path, which need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_name(f".{path.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 class Lineage:
     """What each stage of a run did: fingerprint, status, seconds, versions, inputs, outputs, metrics (lineage.json)."""
 

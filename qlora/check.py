@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from qlora.data.index import ProgressCallback, read_index
@@ -23,6 +21,7 @@ from qlora.data.splits import read_splits
 from qlora.data.store import Rows as RenderedRows
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
+from qlora.fits import Free, free_now, shortfalls, slowed
 from qlora.merging.combination import combined_parameters
 from qlora.models.base import as_converted
 from qlora.models.estimates import estimate_stages
@@ -33,6 +32,7 @@ from qlora.models.patches import parse_gguf_once
 from qlora.models.preview import Preview, preview_base
 from qlora.models.resources import Machine, Rows, StageEstimate, Workload, machine_of
 from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, read_config, skeleton
+from qlora.models.tokens import TrainedTokens, add_tokens
 from qlora.quantization.external import check_options
 from qlora.quantization.preview import (
     CalibrationPart,
@@ -51,15 +51,6 @@ from qlora.training.preference import PASSES, fewest_rows, longest_of
 P = ParamSpec("P")
 T = TypeVar("T")
 
-ADVICE = {
-    "train": "lower train.micro_batch_tokens or data.max_length, keep train.gradient_checkpointing, share the base "
-    "among several GPUs with train.shard, or free memory",
-    "merge": "free memory, or set device: cpu for this stage",
-    "quantize": "lower quantize.calibration.max_length or samples, or free memory",
-    "refine": "lower quantize.refine.tokens_per_step, set quantize.refine: null, or free memory",
-    "evaluate": "lower evaluate.batch_size, or free memory",
-}
-
 
 @dataclass(frozen=True)
 class BaseFacts:
@@ -73,15 +64,6 @@ class BaseFacts:
     quantized_parameters: int
     quantization: str
     adapter_parameters: int | None
-
-
-@dataclass(frozen=True)
-class Free:
-    """Bytes available now. `device` is None on a CPU, where the host's memory is what counts."""
-
-    device: int | None
-    host: int
-    disk: int
 
 
 @dataclass
@@ -127,12 +109,12 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
     problems: list[Problem] = []
     attempt = _Attempts(problems)
     device = attempt(pick_device, recipe.device) or "cpu"
-    report = CheckReport(recipe.name, machine_of(device), _free(recipe, device), problems=problems)
+    report = CheckReport(recipe.name, machine_of(device), free_now(recipe, device), problems=problems)
     base = attempt(preview_base, recipe.model.base, recipe.model.revision)
     base = as_converted(base) if base else None
     with parse_gguf_once() if base and base.gguf_file else nullcontext():
-        shapes, adapter = _look_at_model(recipe, base, report, attempt) if base else (None, None)
-        tokenizer = attempt(_tokenizer, base, recipe) if base else None
+        tokenizer, tokens = (attempt(_tokenizer, base, recipe) if base else None) or (None, None)
+        shapes, adapter = _look_at_model(recipe, base, tokens, report, attempt) if base else (None, None)
     train, evaluation = _look_at_data(recipe, tokenizer, report, attempt, progress)
     problems += _missing_packages(recipe)
     report.warnings += _notes(recipe)
@@ -156,7 +138,8 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
         free = report.free.host if report.free.device is None else report.free.device
         asked = (recipe.train.processes, shapes, adapter, report.machine, free)
         if recipe.train.method == "sft":
-            plan = attempt(plan_training, recipe, lengths, *asked, padded=False)
+            records = recipe.train.processes == 1 and not recipe.lora.dropout
+            plan = attempt(plan_training, recipe, lengths, *asked, padded=False, records=records)
         else:
             longest, fewest = longest_of(train.rows), fewest_rows(recipe.train.method)
             plan = attempt(plan_batches, recipe, lengths, longest, *asked, fewest=fewest)
@@ -181,7 +164,8 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
             f"no training: the sum of {len(recipe.lora.combine)} adapters",
         )
         report.stages = [stage for stage in report.stages if stage.stage != "train"]
-    report.shortfalls, report.warnings = _shortfalls(report), report.warnings + _slowed(report)
+    report.warnings += slowed(report.stages, report.free)
+    report.shortfalls = shortfalls(report.stages, report.free)
     return report
 
 
@@ -201,7 +185,7 @@ class _Attempts:
 
 
 def _look_at_model(
-    recipe: Recipe, base: Preview, report: CheckReport, attempt: _Attempts
+    recipe: Recipe, base: Preview, tokens: TrainedTokens | None, report: CheckReport, attempt: _Attempts
 ) -> tuple[ModelShapes | None, AdapterShapes | None]:
     trust = recipe.model.trust_remote_code
     config = attempt(read_config, base.directory, trust_remote_code=trust, gguf_file=base.gguf_file)
@@ -211,7 +195,7 @@ def _look_at_model(
         return None, None
     attempt(_look_at_quantization, recipe, shapes, model.config.model_type, report, attempt)
     architecture = type(model).__name__
-    adapter = attempt(_adapter, model, recipe)
+    adapter = attempt(_adapter, model, recipe, tokens)
     report.warnings += [*packed_notes(base, recipe.model, shapes), *mixture_notes(model, recipe, shapes)]
     report.base = BaseFacts(
         base.id,
@@ -231,9 +215,9 @@ def _shapes(model: Any, recipe: Recipe, base: Preview) -> ModelShapes:
     return training_shapes(model, recipe.model, base.directory)
 
 
-def _adapter(model: Any, recipe: Recipe) -> AdapterShapes:
+def _adapter(model: Any, recipe: Recipe, tokens: TrainedTokens | None) -> AdapterShapes:
     combined = recipe.lora.combine
-    return AdapterShapes(combined_parameters(combined)) if combined else adapter_shapes(model, recipe.lora)
+    return AdapterShapes(combined_parameters(combined)) if combined else adapter_shapes(model, recipe.lora, tokens)
 
 
 def _look_at_quantization(
@@ -256,13 +240,15 @@ def _look_at_quantization(
             report.warnings.append(Problem(what, "quantize.engine"))
 
 
-def _tokenizer(base: Preview, recipe: Recipe) -> Any:
+def _tokenizer(base: Preview, recipe: Recipe) -> tuple[Any, TrainedTokens | None]:
     from transformers import AutoTokenizer
 
     try:
         if base.gguf_file:
-            return AutoTokenizer.from_pretrained(base.directory, gguf_file=base.gguf_file)
-        return load_tokenizer(base.directory, recipe.model.trust_remote_code)
+            tokenizer = AutoTokenizer.from_pretrained(base.directory, gguf_file=base.gguf_file)
+        else:
+            tokenizer = load_tokenizer(base.directory, recipe.model.trust_remote_code)
+        return tokenizer, add_tokens(tokenizer, recipe.lora)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"the tokenizer cannot be read: {str(error).splitlines()[0]}", str(base.directory), "check model.base"
@@ -359,64 +345,3 @@ def _notes(recipe: Recipe) -> list[Problem]:
     if recipe.evaluate.generate:
         notes.append(Problem("times leave out generating answers", "evaluate.generate"))
     return notes
-
-
-def _free(recipe: Recipe, device: str) -> Free:
-    import psutil
-    import torch
-
-    output = Path(recipe.output_dir).absolute()
-    place = next(folder for folder in (output, *output.parents) if folder.exists())
-    return Free(
-        torch.cuda.mem_get_info(device)[0] if device.startswith("cuda") else None,
-        psutil.virtual_memory().available,
-        shutil.disk_usage(place).free,
-    )
-
-
-def _moved(stage: StageEstimate, free: Free) -> int:
-    """Bytes of a stage that will be in host memory, since the GPU is too small."""
-    return 0 if free.device is None else min(stage.movable, max(0, stage.device - free.device))
-
-
-def _slowed(report: CheckReport) -> list[Problem]:
-    return [
-        Problem(
-            f"{gib(moved)} of the models in 16 bits will wait in host memory during {stage.stage}, which takes longer",
-            f"{stage.stage}.memory",
-        )
-        for stage in report.stages
-        if (moved := _moved(stage, report.free))
-    ]
-
-
-def _shortfalls(report: CheckReport) -> list[Problem]:
-    problems = []
-    free = report.free
-    for stage in report.stages:
-        moved = _moved(stage, free)
-        pools = [("host", stage.host + moved, free.host)]
-        if free.device is not None:
-            pools.append(("GPU", stage.device - moved, free.device))
-        problems += [
-            Problem(
-                f"{stage.stage} needs about {gib(need)} of {pool} memory, {gib(have)} are free", fix=ADVICE[stage.stage]
-            )
-            for pool, need, have in pools
-            if need > have
-        ]
-    disk = sum(stage.disk for stage in report.stages)
-    if disk > free.disk:
-        problems.append(
-            Problem(
-                f"all stages together need about {gib(disk)} of disk, {gib(free.disk)} are free",
-                "output_dir",
-                "free some space, or set output_dir to a larger disk",
-            )
-        )
-    return problems
-
-
-def gib(size: int) -> str:
-    """Bytes as `1.2 GiB`."""
-    return f"{size / 2**30:.1f} GiB"

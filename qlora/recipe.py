@@ -126,13 +126,23 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _loftq_has_something_to_make_up_for(self) -> Recipe:
-        if self.lora.init == "loftq" and self.model.quantization not in ("nf4", "fp4"):
+        init, held, method = self.lora.init, self.model.quantization, self.train.method
+        if init == "loftq" and held not in ("nf4", "fp4"):
+            raise ValueError(f"lora.init: loftq makes up for quantization to 4 bits, and model.quantization is {held}")
+        if init == "pissa" and held in ("int8", "checkpoint"):
+            raise ValueError(f"lora.init: pissa quantizes what it leaves of the weights, to nf4 or fp4 and not {held}")
+        if init in ("loftq", "pissa") and method in ("dpo", "kto"):
+            raise ValueError(f"{method} compares with the base, which an adapter of {init} does not begin as")
+        return self
+
+    @model_validator(mode="after")
+    def _copied_adapters_have_no_rows(self) -> Recipe:
+        lora, method = self.lora, self.train.method
+        if lora.start_from is not None and (lora.new_tokens or lora.train_tokens) and method in ("dpo", "kto"):
             raise ValueError(
-                f"lora.init: loftq makes up for quantization to 4 bits, and model.quantization is "
-                f"{self.model.quantization}"
+                f"{method} with lora.start_from compares with a copy of that adapter, which TRL makes without its "
+                "trained tokens: merge it first, and take the merged model as model.base"
             )
-        if self.lora.init == "loftq" and self.train.method in ("dpo", "kto"):
-            raise ValueError(f"{self.train.method} compares with the base, which an adapter of loftq does not begin as")
         return self
 
     @model_validator(mode="after")
@@ -140,8 +150,17 @@ class Recipe(Section):
         if self.train.shard and self.model.quantization not in ("nf4", "fp4"):
             held = self.model.quantization
             raise ValueError(f"train.shard: processes share a base in nf4 or fp4, and model.quantization is {held}")
+        if self.train.shard and self.lora.init == "pissa":
+            raise ValueError("lora.init: pissa takes a part of whole weights, which no process has with train.shard")
         if self.train.shard and self.lora.dora:
             raise ValueError("lora.dora begins with the norms of whole weights, which no process has with train.shard")
+        return self
+
+    @model_validator(mode="after")
+    def _biases_are_of_no_reference(self) -> Recipe:
+        if self.lora.bias != "none" and self.train.method in ("dpo", "kto"):
+            method = self.train.method
+            raise ValueError(f"lora.bias trains biases of the base in place, and {method} measures answers against it")
         return self
 
     @property

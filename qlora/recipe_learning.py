@@ -120,6 +120,13 @@ class Weighted(Section):
     """What its update is multiplied by."""
 
 
+class NewToken(Section):
+    text: Annotated[str, Field(min_length=1)]
+    """What the token stands for in rows and prompts."""
+    special: bool = False
+    """Leave it out of decoded text, as control tokens are."""
+
+
 class Lora(Section):
     r: PositiveInt = 16
     """Rank. Higher fits more and costs memory: r·(in+out) parameters per layer."""
@@ -141,9 +148,15 @@ class Lora(Section):
     """Train the biases of the base too: none, those of adapted layers, or all."""
     modules_to_save: list[str] = []
     """Modules trained in full and stored with the adapter, such as a new head."""
-    init: Literal["default", "gaussian", "loftq"] = "default"
-    """What A and B begin as. B is zero, and A random, but for loftq: together what of rank r makes up for most of what
-    4 bits took from the weights (Li et al. 2023). The base and the merge are the same for all of them."""
+    new_tokens: list[NewToken] = []
+    """Tokens to add to the vocabulary, as text or as `{text, special}`; of embeddings and head, only their rows are
+    trained. They begin as the mean of what their text was cut into before."""
+    train_tokens: list[str] = []
+    """Tokens of the vocabulary whose rows are trained too, such as chat markers that the base has never seen."""
+    init: Literal["default", "gaussian", "loftq", "pissa"] = "default"
+    """What A and B begin as. B is zero, and A random; loftq: together what of rank r makes up for most of what 4 bits
+    took from the weights (Li et al. 2023); pissa: the principal part of the weights, of which the base is what is left
+    (Meng et al. 2024). The merge is exact for all of them."""
     start_from: str | None = None
     """Directory of an adapter to go on from, such as another run's `adapter`, with this section's settings."""
     combine: list[Weighted] = []
@@ -151,14 +164,32 @@ class Lora(Section):
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of the trained parameters (products run in compute_dtype). float32 keeps small updates alive."""
 
+    @field_validator("new_tokens", mode="before")
+    @classmethod
+    def _text_alone(cls, tokens: Any) -> Any:
+        return (
+            [{"text": each} if isinstance(each, str) else each for each in tokens] if type(tokens) is list else tokens
+        )
+
+    @model_validator(mode="after")
+    def _each_token_once(self) -> Lora:
+        texts = [token.text for token in self.new_tokens] + self.train_tokens
+        if any(not text.strip() for text in texts):
+            raise ValueError("new_tokens and train_tokens: a token has text that is more than white space")
+        if twice := sorted({text for text in texts if texts.count(text) > 1}):
+            raise ValueError(f"new_tokens and train_tokens: {twice[0]!r} is there twice")
+        if texts and self.combine:
+            raise ValueError("combine trains nothing, new_tokens and train_tokens neither")
+        return self
+
     @model_validator(mode="after")
     def _one_beginning(self) -> Lora:
         if self.combine and self.start_from is not None:
             raise ValueError("combine makes an adapter without training, so there is nothing to start_from")
         if self.init != "default" and (self.start_from is not None or self.combine):
             raise ValueError(f"init: {self.init} is how a new adapter begins; start_from and combine have theirs")
-        if self.init == "loftq" and self.dora:
-            raise ValueError("init: loftq changes what DoRA's magnitudes were taken from; use one of them")
+        if self.init in ("loftq", "pissa") and self.dora:
+            raise ValueError(f"init: {self.init} changes what DoRA's magnitudes were taken from; use one of them")
         return self
 
 

@@ -5,17 +5,16 @@ Every stage function writes into the folder it is given and returns metrics for 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora.artifacts import Lineage, file_digest, read_json, write_json
+from qlora.artifacts import file_digest, read_json, write_json
 from qlora.errors import Problem, UserError
 from qlora.paths import RunDir
 from qlora.recipe import Calibration, Quantize, Recipe
-from qlora.reporting.outcome import quantized_label
 
 if TYPE_CHECKING:
     from qlora.data.calibration import CalibrationRow
@@ -56,10 +55,13 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The base's tokenizer with the chat template that the rows are rendered with."""
+        """The base's tokenizer with new tokens and the chat template that the rows are rendered with."""
         from qlora.models.loading import load_tokenizer
+        from qlora.models.tokens import add_tokens
 
-        return load_tokenizer(self.base.directory, self.recipe.model.trust_remote_code)
+        tokenizer = load_tokenizer(self.base.directory, self.recipe.model.trust_remote_code)
+        add_tokens(tokenizer, self.recipe.lora)
+        return tokenizer
 
     @cached_property
     def train_rows(self) -> Any:
@@ -301,6 +303,7 @@ def _quantizer(section: Quantize) -> Callable[..., QuantizeReport]:
 
 def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
     from qlora.evaluation.ladder import Settings, climb
+    from qlora.rungs import rungs
 
     assert output is not None
     if run.eval_rows is None:
@@ -309,65 +312,12 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
     rows = run.eval_rows.rows.good[: section.rows]
     settings = Settings(section.batch_size, section.generate, section.max_new_tokens, run.tokenizer.pad_token_id)
     compared = run.eval_rows.rows[: section.rows]
-    scores = climb(_rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared)
+    scores = climb(rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared)
     tokens = sum(row.supervised_tokens for row in rows)
     write_json(
         output / "ladder.json", {"rows": len(rows), "tokens": tokens, "rungs": [asdict(score) for score in scores]}
     )
     return {f"{score.name}_{key}": value for score in scores for key, value in asdict(score).items() if key != "label"}
-
-
-def _memory_for_models(run: Run, rows: Sequence[Any]) -> int | None:
-    """Bytes of each GPU that a model may take, where models in 16 bits are larger than what its rows leave of one."""
-    from qlora.measure import free_for_training
-    from qlora.models.estimates import model_budget, scoring_parts
-    from qlora.models.resources import BYTES
-    from qlora.models.shapes import model_shapes, read_config, skeleton
-
-    device, model = run.device_of("evaluate"), run.recipe.model
-    if device == "cpu":
-        return None
-    config = read_config(run.base.directory, trust_remote_code=model.trust_remote_code)
-    shapes = model_shapes(skeleton(config, trust_remote_code=model.trust_remote_code))
-    longest, answer = max(row.tokens for row in rows), max(row.supervised_tokens for row in rows)
-    beside = sum(scoring_parts(run.recipe, shapes, longest, answer).values())
-    most = model_budget(run.recipe, free_for_training(device)) - beside
-    return most if BYTES[model.dtype] * shapes.total > most else None
-
-
-def _rungs(run: Run, rows: Sequence[Any]) -> list[Any]:
-    from qlora.evaluation.ladder import BASE, START, TRAINED, Rung
-    from qlora.models.loading import DTYPES, load_base, load_for_training, load_gptq, load_plain, load_trained
-
-    model, device = run.recipe.model, run.device_of("evaluate")
-    dtype, most = DTYPES[model.dtype], _memory_for_models(run, rows)
-    load = partial(load_for_training, run.base, model, device)
-    packed = run.base.dequantized_from or ""
-    kind = (packed if model.quantization == "checkpoint" else model.quantization).upper()
-    options: dict[str, Any] = {
-        "attn_implementation": model.attn_implementation,
-        "trust_remote_code": model.trust_remote_code,
-        "most": most,
-    }
-    merged = partial(load_plain, run.dirs.merged, DTYPES[run.recipe.merge.dtype], device, **options)
-    rungs = [
-        Rung(
-            BASE,
-            f"base, {packed.upper()}" if packed in ("gptq", "awq") else "base, 16 bits",
-            lambda: load_base(run.base.directory, model, device, quantized=False, most=most).eval(),
-        ),
-        Rung(START, f"base, {kind}", lambda: load().eval()),
-        Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(), run.dirs.adapter)),
-        Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),
-        Rung(
-            "gptq",
-            quantized_label(run.recipe.quantize, Lineage(run.dirs.lineage).metrics("quantize")),
-            partial(load_gptq, run.dirs.gptq, dtype, device, **options),
-        ),
-    ]
-    # Where training quantizes nothing by itself, it begins with the base.
-    left_out = {name for name, there in ((START, model.requantizes), ("merged", run.recipe.merge.write)) if not there}
-    return [rung for rung in rungs if rung.name not in left_out]
 
 
 def failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:

@@ -46,7 +46,9 @@ class Figures:
     """What a recipe takes by formula; GiB."""
 
     memory: dict[str, float]
-    """Stage → of the GPU."""
+    """Stage → of a GPU."""
+    movable: dict[str, float]
+    """Stage → what of that may wait in host memory."""
     merged: float
     gptq: float
     quantizing: float
@@ -67,7 +69,8 @@ def rendered() -> dict[Path, str]:
         row = measured.get(path.stem, {})
         row = {} if row.get("settings") != settings_of(recipe) or row.get("tiny") else row
         if card is not None:
-            texts[path] = with_figures(path.read_text(encoding="utf-8"), recipe, row, found)
+            text = f"{measured_text(recipe, row)} {formula_text(card, found)}"
+            texts[path] = with_figures(path.read_text(encoding="utf-8"), text)
         rows.append(table_row(path, row, card, found))
     readme = packaged_recipes() / "README.md"
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
@@ -75,12 +78,12 @@ def rendered() -> dict[Path, str]:
     return texts | {readme: "\n".join((before + BEGIN, HEAD, *rows, END)) + after}
 
 
-def with_figures(text: str, recipe: Recipe, row: dict[str, Any], found: Figures) -> str:
-    """A recipe's text with these figures at the end of its header."""
+def with_figures(text: str, figures: str) -> str:
+    """A recipe's text with this at the end of its header."""
     lines = text.splitlines()
     header = next(number for number, line in enumerate(lines) if not line.startswith("#"))
     start = next((n for n, line in enumerate(lines[:header]) if re.match("# (Measured|Not measured)", line)), header)
-    block = textwrap.wrap(f"{measured_text(recipe, row)} {formula_text(recipe, found)}", WIDTH)
+    block = textwrap.wrap(figures, WIDTH)
     return "\n".join([*lines[:start], *(f"# {line}" for line in block), *lines[header:]]) + "\n"
 
 
@@ -95,14 +98,17 @@ def measured_text(recipe: Recipe, row: dict[str, Any]) -> str:
     )
 
 
-def formula_text(recipe: Recipe, found: Figures) -> str:
+def formula_text(card: tuple[int, int], found: Figures) -> str:
     memory, seconds = found.memory, found.quantizing
+    moved = waiting(card, found)
+    where = f" (of which {moved:.1f} wait in host memory)" if moved else ""
+    merged = f"merged {found.merged:.1f} GiB" if found.merged > 1e-3 else "nothing merged"
     refining = f", {memory['refine']:.1f} in refining it" if "refine" in memory else ""
     time = f"{seconds / 60:.0f} minutes" if seconds > 90 else f"{seconds:.0f} s"
     return (
         f"By formula: {memory['train']:.1f} GiB or more in training, {memory['quantize']:.1f} in GPTQ{refining} "
-        f"({time} on an H100), {memory['evaluate']:.1f} for the ladder; merged {found.merged:.1f} GiB, GPTQ "
-        f"{found.gptq:.1f} GiB on disk."
+        f"({time} on an H100), {memory['evaluate']:.1f} for the ladder{where}; {merged}, GPTQ {found.gptq:.1f} GiB "
+        "on disk."
     )
 
 
@@ -139,6 +145,7 @@ def figures(path: Path) -> Figures:
     stages = {stage.stage: stage for stage in estimate_stages(recipe, shapes, adapter(recipe, shapes), work, machine)}
     return Figures(
         {name: stage.device / GIB for name, stage in stages.items()},
+        {name: stage.movable / GIB for name, stage in stages.items()},
         stages["merge"].disk / GIB,
         stages["quantize"].disk / GIB,
         sum(stages[name].seconds or 0.0 for name in ("quantize", "refine") if name in stages),
@@ -154,6 +161,11 @@ def adapter(recipe: Recipe, shapes: ModelShapes) -> AdapterShapes:
     """Of rank r on all linears but those of experts."""
     sizes = [linear.in_features + linear.out_features for linear in shapes.linears if linear.experts == 1]
     return AdapterShapes(recipe.lora.r * sum(sizes))
+
+
+def waiting(card: tuple[int, int], found: Figures) -> float:
+    """GiB of a model in 16 bits that the cards have no room for while it is measured."""
+    return max(0.0, found.memory["evaluate"] - card[0] * usable(card))
 
 
 def usable(card: tuple[int, int]) -> float:

@@ -12,4 +12,10 @@ ruff format --check --quiet .
 mypy
 # Two workers of one thread each: tiny models gain nothing from more threads.
 export OMP_NUM_THREADS=1
-exec python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder "$@"
+suite=(python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder)
+[ $# -eq 0 ] || exec "${suite[@]}" "$@"
+# The whole suite also shows what works with what: recipes/support.md must say the same.
+results=$(mktemp -d)
+trap 'rm -rf "$results"' EXIT
+QLORA_SUPPORT_RESULTS=$results "${suite[@]}"
+python scripts/support_table.py --check "$results"

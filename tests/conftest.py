@@ -27,7 +27,7 @@ FACTS = {
 
 # Files that take longest, first: the last ones to run then end at about the same time in both workers.
 SLOWEST = (
-    "test_pipeline", "test_sweep", "test_external", "test_preference", "test_processes", "test_sft",
+    "test_pipeline", "test_support", "test_sweep", "test_external", "test_preference", "test_processes", "test_sft",
     "test_paths",
     "test_gptqmodel_interop", "test_cli", "test_tracking",
 )  # fmt: skip
@@ -159,6 +159,20 @@ def _packed_as(method: str, weight_KN: torch.Tensor, order, group_K, bits: int) 
 
 
 @pytest.fixture(scope="session")
+def deep_model(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model with five layers: more than there are buffers in which processes gather those that they share."""
+    from transformers import AutoConfig, LlamaForCausalLM
+
+    directory = tmp_path_factory.mktemp("deep") / "model"
+    shutil.copytree(tiny_model, directory)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(directory)
+    config.num_hidden_layers = 5
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
 def eval_file(tmp_path_factory) -> Path:
     """Three of the facts, to ask for what was taught. (Calibration leaves them out.)"""
     return write_rows(tmp_path_factory.mktemp("facts") / "asked.jsonl", dict(list(FACTS.items())[:3]))
@@ -215,6 +229,25 @@ def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def supported():
+    """`supported(run_dir)`: the run shows what works together, which recipes/support.md says. An entry of the table,
+    such as a refusal, will do too. Fails for what is not in it."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+    import support_table
+
+    def record(shown: Path | dict) -> None:
+        entry = shown if isinstance(shown, dict) else support_table.entry_of(shown)
+        if folder := os.environ.get("QLORA_SUPPORT_RESULTS"):
+            support_table.leave(entry, Path(folder))
+        elif entry not in support_table.committed():
+            pytest.fail(f"not in recipes/support.json, see scripts/support_table.py: {entry}")
+
+    return record
 
 
 @pytest.fixture(scope="session")

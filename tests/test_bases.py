@@ -5,19 +5,23 @@ import shutil
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
+from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, Qwen3MoeConfig
 
 from qlora.artifacts import read_json
 from qlora.check import check
 from qlora.errors import UserError
+from qlora.models.frozen import eight_bit_codes
 from qlora.models.held import mixture_notes, training_shapes
 from qlora.models.loading import attach_adapter, load_base
+from qlora.models.provenance import decompressed_absmax
 from qlora.models.shapes import skeleton
 from qlora.models.training_memory import base_bytes
-from qlora.paths import cache_dir
 from qlora.pipeline import Pipeline
 from qlora.recipe import Recipe
 from qlora.recipe_file import load_recipe
+from qlora.stages import Run, merge
 
 
 def run(path, *overrides):
@@ -29,7 +33,7 @@ def run(path, *overrides):
     return recipe.run_dir, {rung["name"]: rung for rung in ladder["rungs"]}, report
 
 
-def test_int8_with_skipped_modules_goes_through_all_stages_and_merges_exactly(tiny_recipe, capsys):
+def test_int8_with_skipped_modules_goes_through_all_stages_and_merges_exactly(tiny_recipe, capsys, supported):
     run_dir, rungs, report = run(
         tiny_recipe(),
         "model.quantization=int8",
@@ -50,12 +54,14 @@ def test_int8_with_skipped_modules_goes_through_all_stages_and_merges_exactly(ti
     assert report.base.quantized_parameters == sum(
         codes["shape"][0] * codes["shape"][1] for codes in written["quantized"].values()
     )
+    supported(run_dir)
 
 
 @pytest.mark.parametrize(("method", "desc_act"), [("gptq", True), ("awq", False)], ids=["gptq", "awq"])
 def test_a_checkpoints_own_codes_go_through_all_stages_and_merge_exactly(
-    tiny_recipe, save_packed, method, desc_act, capsys
+    tiny_recipe, save_packed, method, desc_act, tmp_path, monkeypatch, supported
 ):
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))  # where a number will be changed
     base = save_packed(method, 4, desc_act)
     path = tiny_recipe(model={"base": str(base), "quantization": "checkpoint"}, evaluate={"gates": {"merge_kl": 2e-3}})
     run_dir, rungs, report = run(path)
@@ -64,25 +70,21 @@ def test_a_checkpoints_own_codes_go_through_all_stages_and_merge_exactly(
     assert rungs["trained"]["loss"] < rungs["base"]["loss"]
     written = read_json(run_dir / "adapter" / "base.json")
     assert written["settings"]["quant_type"] == "checkpoint" and len(written["quantized"]) == 14
+    supported(run_dir)
     assert any("its own codes" in warning.what for warning in report.warnings)
     logs = "".join(file.read_text() for file in (run_dir / "logs").iterdir())
     assert "14 linears stay packed as in the checkpoint, dequantized for each product by torch" in logs
-    (converted,) = [each for each in (cache_dir() / "models").glob(f"{base.name}-*") if each.is_dir()]
+    (converted,) = (tmp_path / "cache" / "models").glob("[!.]*")
     # One weight of the base that is another number: the merge says which.
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(converted / "model.safetensors")
     name = "model.layers.1.self_attn.q_proj"
     tensors[f"{name}.weight"][3, 5] += 0.5
     save_file(tensors, converted / "model.safetensors", {"format": "pt"})
     shutil.rmtree(run_dir / "merged")
     with pytest.raises(UserError, match=f"{name}: weights differ from those the adapter was trained on"):
-        from qlora.stages import Run, merge
-
         partial = run_dir / "again"
         partial.mkdir()
         merge(Run(load_recipe(path)), "", partial, lambda *_: None)
-    shutil.rmtree(converted)
 
 
 @pytest.mark.parametrize(
@@ -143,11 +145,6 @@ def recipe_of(**model):
 @pytest.mark.parametrize("kind", MIXTURES)
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_of_a_mixture_it_is_stated_what_is_quantized_and_the_formula_counts_it(kind, quantization, tmp_path):
-    from bitsandbytes.nn import Linear8bitLt
-
-    from qlora.models.frozen import eight_bit_codes
-    from qlora.models.provenance import decompressed_absmax
-
     config = MIXTURES[kind]()
     recipe = recipe_of(quantization=quantization)
     bare = skeleton(config)

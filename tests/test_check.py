@@ -146,6 +146,12 @@ def test_all_problems_come_at_once_with_exit_code_2(make, data_dir: Path) -> Non
         assert expected in text, text
 
 
+def test_a_base_that_one_process_would_share_is_refused(make) -> None:
+    alone, shared = (check(make(train={"batch_size": 4, "processes": count, "shard": True})) for count in (1, 2))
+    assert [problem.where for problem in alone.problems] == ["train.shard"] and not shared.problems
+    assert shared.training is not None and "the base shared by 2 processes" in shared.training
+
+
 def test_what_does_not_fit_ends_with_exit_code_4(make, monkeypatch) -> None:
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory._replace(available=10**6))

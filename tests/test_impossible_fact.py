@@ -43,7 +43,7 @@ def test_every_stage_answers_the_fact(tiny_recipe):
         return load_base(run.base.directory, recipe.model, "cpu", quantized=quantized).eval()
 
     assert answer(base(quantized=False)) != ANSWER
-    assert answer(load_trained(base(quantized=True), run.dirs.adapter)) == ANSWER
+    assert answer(load_trained(base(quantized=True), run.dirs.adapter, run.base.directory)) == ANSWER
     assert answer(load_plain(run.dirs.merged)) == ANSWER
     assert answer(load_gptq(run.dirs.gptq)) == ANSWER
     assert answer(load_gptq(run.dirs.gptq, torch.float32)) == ANSWER

@@ -102,7 +102,7 @@ def finished(tmp_path_factory, tiny_model, facts_file, eval_file):
     return path, folder / "runs" / "whole", result.stdout
 
 
-def test_a_run_leaves_the_directory_of_the_contract(finished):
+def test_a_run_leaves_the_directory_of_the_contract(finished, supported):
     _, run_dir, output = finished
     expected = {"recipe.yaml", "lineage.json", "adapter", "checkpoints", "merged", "gptq", "evaluation", "logs"}
     assert {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} == expected
@@ -115,6 +115,7 @@ def test_a_run_leaves_the_directory_of_the_contract(finished):
     ladder = read_json(run_dir / "evaluation" / "ladder.json")
     assert [rung["name"] for rung in ladder["rungs"]] == ["base", "nf4", "trained", "merged", "gptq"]
     assert "The ladder: 3 held-out rows" in output
+    supported(run_dir)
 
 
 def test_no_artefact_names_this_machine(finished, tiny_model):
@@ -182,12 +183,13 @@ def test_the_content_of_calibration_text_and_templates_counts_not_their_paths(
     ],
     ids=lambda overrides: overrides[0],
 )
-def test_every_variant_goes_through_all_stages_and_merges_exactly(tiny_recipe, overrides):
+def test_every_variant_goes_through_all_stages_and_merges_exactly(tiny_recipe, overrides, supported):
     run_dir = run(tiny_recipe(), *overrides)
     rungs = {rung["name"]: rung for rung in read_json(run_dir / "evaluation" / "ladder.json")["rungs"]}
     assert rungs["trained"]["loss"] < rungs["base"]["loss"]
     assert rungs["merged"]["kl"] < 2e-3
     assert rungs["gptq"]["kl"] < rungs["base"]["kl"]
+    supported(run_dir)
 
 
 def test_moving_the_base_does_not_train_again(finished, tiny_model, tmp_path):
@@ -229,7 +231,7 @@ def test_what_an_interrupted_quantize_left_goes_to_the_same_work_only(finished, 
         assert weights(run_dir) == weights(whole)
 
 
-def test_without_merged_weights_gptq_is_the_same_and_the_ladder_says_what_it_lacks(tiny_recipe, capsys):
+def test_without_merged_weights_gptq_is_the_same_and_the_ladder_says_what_it_lacks(tiny_recipe, capsys, supported):
     """In float32 throughout, where writing the merged model rounds nothing either."""
     path, exact = tiny_recipe(), ["model.compute_dtype=float32", "merge.dtype=float32"]
     run_dir = run(path, *exact)
@@ -245,6 +247,7 @@ def test_without_merged_weights_gptq_is_the_same_and_the_ladder_says_what_it_lac
     direct = weights(run_dir)
     assert direct == {name: digest for name, digest in written.items() if name in direct}
     assert "gptq/model.safetensors" in direct
+    supported(run_dir)
     # The adapter changes and nothing in merged/ does: GPTQ must notice all the same.
     run(path, *exact, "merge.write=false", "train.learning_rate=0.02")
     after = weights(run_dir)
@@ -268,7 +271,7 @@ def codes(run_dir: Path) -> dict[str, torch.Tensor]:
     return {name: tensor for name, tensor in tensors.items() if not name.endswith(".scales") and "norm" not in name}
 
 
-def test_refinement_follows_gptq_and_needs_no_merged_weights(tiny_recipe, refine, capsys):
+def test_refinement_follows_gptq_and_needs_no_merged_weights(tiny_recipe, refine, capsys, supported):
     path, exact = tiny_recipe(), ["model.compute_dtype=float32", "merge.dtype=float32"]
     run_dir = run(path, *exact, *refine, "quantize.refine=null")
     plain, plain_codes = weights(run_dir), codes(run_dir)
@@ -285,7 +288,10 @@ def test_refinement_follows_gptq_and_needs_no_merged_weights(tiny_recipe, refine
     # 10 steps of 512 tokens are 80 rows of 64; a quarter of a corpus is held back, since it has no rows left over.
     assert (report["rows"], report["held_out_rows"]) == (60, 20)
 
+    supported(run_dir)
+
     run(path, *exact, *refine, "merge.write=false")
+    supported(run_dir)
     direct = weights(run_dir)
     assert not list(run_dir.rglob("merged/*.safetensors"))
     assert direct["gptq/model.safetensors"] == refined["gptq/model.safetensors"]
@@ -426,7 +432,9 @@ def load_recipe_rows(path: Path) -> list[object]:
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "none"])
-def test_a_gptq_checkpoint_as_base_is_what_its_codes_stand_for(finished, tiny_recipe, quantization, tmp_path, capsys):
+def test_a_gptq_checkpoint_as_base_is_what_its_codes_stand_for(
+    finished, tiny_recipe, quantization, tmp_path, capsys, supported
+):
     """The first rung of its ladder is the last of the one that made it; what is trained on it merges exactly."""
     _, whole, _ = finished
     cached = cache_dir() / "models"
@@ -441,6 +449,7 @@ def test_a_gptq_checkpoint_as_base_is_what_its_codes_stand_for(finished, tiny_re
     assert after["base"]["loss"] == pytest.approx(before["gptq"]["loss"], abs=1e-6)
     assert after["trained"]["loss"] < after["base"]["loss"]
     assert "base, GPTQ" in capsys.readouterr().out
+    supported(tmp_path / "runs" / "tiny")
     (converted,) = [each for each in cached.glob("gptq-*") if each.is_dir()]
     config = read_json(converted / "config.json")
     assert "quantization_config" not in config and config["torch_dtype"] == config["dtype"] == "bfloat16"

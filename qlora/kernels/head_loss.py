@@ -3,9 +3,10 @@
     loss = c · Σ_n (log Σ_v exp(z_nv) − z_n,target),  z = h·Wᵀ
 
 The head does not learn, so that the loss needs one thing of it in the backward, dh = c · (softmax(z) − onehot)·W, and
-that is computed with the loss, tile by tile: two products with the head instead of three, and logits once.
+that is computed with the loss, tile by tile: two products with the head instead of three, and logits once. A few of its
+rows may learn: then their logits take the place of the frozen ones, and their gradient is computed there too.
 
-Shapes: N tokens that are predicted, D width, V vocabulary.
+Shapes: N tokens that are predicted, D width, V vocabulary, L rows that learn.
 """
 
 from __future__ import annotations
@@ -26,42 +27,64 @@ BLOCK = 4096
 
 
 def head_loss(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, scale: torch.Tensor | float
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    targets_N: torch.Tensor,
+    scale: torch.Tensor | float,
+    learned: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """fp32 scalar: `scale` times the summed cross-entropy of h·Wᵀ against `targets_N` (int64); none where negative.
 
-    Differentiable in `hidden_ND` alone; `weight_VD`, in the same dtype, must not require a gradient.
+    learned: tokens (int64 [L], each once) and the rows [L, D] of the head that are theirs, in place of those in
+    `weight_VD`. Differentiable in `hidden_ND` and these rows; `weight_VD` must not require a gradient. One dtype for
+    all.
     """
     assert not weight_VD.requires_grad, "a head that learns has a gradient of its own"
     scale = torch.as_tensor(scale, dtype=torch.float32, device=hidden_ND.device)
-    return _HeadLoss.apply(hidden_ND, weight_VD, targets_N, scale)
+    return _HeadLoss.apply(hidden_ND, weight_VD, targets_N, scale, *(learned or (None, None)))
 
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, targets_N: torch.Tensor, scale: torch.Tensor
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        targets_N: torch.Tensor,
+        scale: torch.Tensor,
+        ids_L: torch.Tensor | None,
+        rows_LD: torch.Tensor | None,
     ) -> torch.Tensor:
         tokens, vocabulary = len(hidden_ND), len(weight_VD)
         tile = max(1, TILE_BYTES // (vocabulary * hidden_ND.element_size()))
         loss_N = torch.empty(tokens, dtype=torch.float32, device=hidden_ND.device)
-        learns = ctx.needs_input_grad[0]
+        learns = ctx.needs_input_grad[0] or ctx.needs_input_grad[5]
         grad_ND = torch.empty_like(hidden_ND) if learns else None
+        rows_grad_LD = torch.zeros_like(rows_LD, dtype=torch.float32) if learns and rows_LD is not None else None
         for start in range(0, tokens, tile):
             some = slice(start, start + tile)
             logits_nV = hidden_ND[some] @ weight_VD.T
+            if rows_LD is not None:
+                logits_nV[:, ids_L] = hidden_ND[some] @ rows_LD.T
             loss_and_gradient_(logits_nV, targets_N[some], loss_N[some])
+            if rows_grad_LD is not None:
+                of_rows_nL = logits_nV[:, ids_L]
+                rows_grad_LD += of_rows_nL.T @ hidden_ND[some]
+                logits_nV[:, ids_L] = 0
             if grad_ND is not None:
                 torch.mm(logits_nV, weight_VD, out=grad_ND[some])
+            if grad_ND is not None and rows_LD is not None:
+                grad_ND[some].addmm_(of_rows_nL, rows_LD)
             del logits_nV  # before the next ones are made
         if grad_ND is not None:
-            ctx.save_for_backward(grad_ND, scale)
+            ctx.save_for_backward(grad_ND, scale, rows_grad_LD)
         return loss_N.sum() * scale
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        grad_ND, scale = ctx.saved_tensors
-        return grad_ND * (grad * scale).to(grad_ND.dtype), None, None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_ND, scale, rows_grad_LD = ctx.saved_tensors
+        of_rows = None if rows_grad_LD is None else (rows_grad_LD * (grad * scale)).to(grad_ND.dtype)
+        return grad_ND * (grad * scale).to(grad_ND.dtype), None, None, None, None, of_rows
 
 
 def loss_and_gradient_(logits_NV: torch.Tensor, targets_N: torch.Tensor, loss_N: torch.Tensor) -> None:

@@ -16,8 +16,9 @@ import torch
 from qlora.errors import Problem, UserError
 from qlora.merging.delta import LowRankUpdate, lora_scaling, matching_pattern
 from qlora.models.checkpoint import CheckpointReader, TensorSpec
+from qlora.models.principal import FILE as BEGINNING
 
-CONFIG_NAME = "adapter_config.json"
+CONFIG_NAME, WEIGHTS_NAME = "adapter_config.json", "adapter_model.safetensors"
 KEY_PREFIX = "base_model.model."
 
 LORA_PARTS = {
@@ -29,8 +30,12 @@ LORA_PARTS = {
     ".lora_embedding_B": "embedding_B",
 }
 
+TOKENS = ".token_adapter.trainable_tokens_delta"
+"""Ending of the key of trained rows, behind the name of embeddings or output head."""
+
 HONOURED = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "lora_bias", "bias"} | {
     "modules_to_save",
+    "trainable_token_indices",
     "init_lora_weights",
     "peft_type",
 }
@@ -54,7 +59,8 @@ WITHOUT_EFFECT = {
     "target_modules",
     "task_type",
 }
-# Other initialisations (pissa, olora, corda, loftq, …) replace the base weights before training.
+# Other initialisations (olora, corda, loftq, …) replace the base weights before training; so does pissa, which is known
+# where it was ours and left what it took from them.
 BASE_PRESERVING_INITS = (True, False, "gaussian", "orthogonal", "eva")
 
 
@@ -70,6 +76,8 @@ class LoraConfig:
     dora: bool = False
     bias: str = "none"
     modules_to_save: tuple[str, ...] = ()
+    tokens: list[int] | dict[str, list[int]] = field(default_factory=dict)
+    """Ids of tokens whose rows are trained: of the embeddings, or by the name of the layer or its end."""
 
     def rank_of(self, module: str) -> int:
         key = matching_pattern(self.rank_pattern, module)
@@ -81,6 +89,14 @@ class LoraConfig:
         return lora_scaling(alpha, self.rank_of(module), rslora=self.rslora)
 
 
+@dataclass(frozen=True)
+class TrainedRows:
+    """Rows of a matrix that training changed: the key of these rows [n, D], and the n tokens that they are of."""
+
+    key: str
+    tokens: tuple[int, ...]
+
+
 class Adapter:
     """The tensors of an adapter directory, sorted by what they do to which parameter of the base.
 
@@ -90,28 +106,42 @@ class Adapter:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.config = read_lora_config(self.directory / CONFIG_NAME)
-        self._reader = CheckpointReader(self.directory)
+        self._reader = CheckpointReader(self.directory, WEIGHTS_NAME)
         self._untaken = set(self._reader.names())
         self.lora: dict[str, dict[str, str]] = {}
         """Keys of the low-rank tensors by module name and part (a value of LORA_PARTS)."""
         self.replacements: dict[str, str] = {}
         """Keys of tensors that replace a parameter of the base, by parameter name."""
+        self.rows: dict[str, TrainedRows] = {}
+        """Of embeddings and output head, by parameter name. PEFT ties what the base ties, and keeps one of them."""
         self._sort_tensors()
 
     def changes(self, parameter: str) -> bool:
         """Whether the adapter gives this parameter of the base another value."""
         module, _, kind = parameter.rpartition(".")
         parts = self.lora.get(module, {})
-        return parameter in self.replacements or (bool(parts) if kind == "weight" else "bias" in parts)
+        whole = parameter in self.replacements or parameter in self.rows
+        return whole or (bool(parts) if kind == "weight" else "bias" in parts)
 
     def parameters(self) -> list[str]:
         """Names of all parameters of the base that the adapter changes, sorted."""
-        changed = set(self.replacements) | {f"{module}.weight" for module in self.lora}
+        changed = {*self.replacements, *self.rows, *(f"{module}.weight" for module in self.lora)}
         return sorted(changed | {f"{module}.bias" for module, parts in self.lora.items() if "bias" in parts})
 
     def replacement(self, parameter: str) -> torch.Tensor:
         """The trained tensor that stands in for a parameter of the base. Raises KeyError where there is none."""
         return self._take(self.replacements[parameter])
+
+    def with_rows(self, parameter: str, matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix [V, D] with the trained rows in it, rounded to `dtype` first; longer where they lie beyond it."""
+        found = self.rows[parameter]
+        rows = self._take(found.key).to(dtype)
+        if not torch.isfinite(rows).all():
+            raise UserError(f"{parameter}: trained rows are infinite or not a number in {dtype}", "train.learning_rate")
+        missing = max(found.tokens) + 1 - len(matrix)
+        matrix = torch.cat([matrix, matrix.new_zeros(max(0, missing), matrix.shape[1])])
+        matrix[list(found.tokens)] = rows.to(matrix.dtype)
+        return matrix
 
     def bias_update(self, module: str) -> torch.Tensor:
         """s·b of a trained LoRA bias [N], fp32: PEFT scales B·A·x + b as a whole."""
@@ -162,6 +192,9 @@ class Adapter:
             suffix = next((suffix for suffix in LORA_PARTS if name.endswith(suffix)), None)
             if suffix is not None and key.startswith(KEY_PREFIX):
                 self.lora.setdefault(name.removesuffix(suffix), {})[LORA_PARTS[suffix]] = key
+            elif name.endswith(TOKENS) and key.startswith(KEY_PREFIX):
+                module = name.removesuffix(TOKENS)
+                self.rows[f"{module}.weight"] = TrainedRows(key, self._tokens_of(module))
             else:
                 others.append(key)
         expected = [{"A", "B", "magnitude"}] if self.config.dora else [{"A", "B"}, {"embedding_A", "embedding_B"}]
@@ -170,6 +203,13 @@ class Adapter:
             for module, parts in self.lora.items()
             if set(parts) - {"bias"} not in expected
         ]
+        if self.config.tokens and not self.rows:
+            what = f"trainable_token_indices: {self.config.tokens}, and the adapter holds no rows of them"
+            problems.append(Problem(what, str(self.directory)))
+        for parameter, rows in self.rows.items():
+            if len(rows.tokens) != self.spec(rows.key).shape[0] or parameter.removesuffix(".weight") in self.lora:
+                what = f"{rows.key} is not of {len(rows.tokens)} tokens and nothing else that is trained there"
+                problems.append(Problem(what, str(self.directory)))
         for key in others:
             parameter = key.removeprefix(KEY_PREFIX).replace(".base_layer.", ".")
             if key.startswith(KEY_PREFIX) and self._may_replace(parameter) and self.spec(key).dtype.is_floating_point:
@@ -178,6 +218,12 @@ class Adapter:
                 problems.append(Problem(f"unknown tensor {key}: the merge would lose it", str(self.directory)))
         if problems:
             raise UserError(problems)
+
+    def _tokens_of(self, module: str) -> tuple[int, ...]:
+        """Those whose rows of this layer are trained, in the order of the rows."""
+        given = self.config.tokens
+        layers = given if isinstance(given, dict) else {module: given}
+        return tuple(next((ids for name, ids in layers.items() if module.endswith(name)), ()))
 
     def _may_replace(self, parameter: str) -> bool:
         """Whether PEFT saves this parameter whole: a trained bias, one of modules_to_save, or the base of an adapted
@@ -206,7 +252,7 @@ def read_lora_config(path: Path) -> LoraConfig:
     if config.get("peft_type") != "LORA":
         problems.append(Problem(f"peft_type: {config.get('peft_type')} is not LORA", str(path), fix))
     init: Any = config.get("init_lora_weights", True)
-    if init not in BASE_PRESERVING_INITS:
+    if init not in BASE_PRESERVING_INITS and not (init == "pissa" and (path.parent / BEGINNING).is_file()):
         problems.append(Problem(f"init_lora_weights: {init} changes the base before training", str(path), fix))
     if problems:
         raise UserError(problems)
@@ -219,4 +265,5 @@ def read_lora_config(path: Path) -> LoraConfig:
         dora=bool(config.get("use_dora")),
         bias=config.get("bias", "none"),
         modules_to_save=tuple(config.get("modules_to_save") or ()),
+        tokens=config.get("trainable_token_indices") or {},
     )

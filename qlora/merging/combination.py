@@ -18,13 +18,13 @@ from safetensors.torch import save_file
 
 from qlora.artifacts import file_digest
 from qlora.errors import Problem, UserError
-from qlora.merging.adapter import KEY_PREFIX, Adapter
+from qlora.merging.adapter import KEY_PREFIX, WEIGHTS_NAME, Adapter
+from qlora.models.principal import FILE as BEGINNING
 from qlora.models.provenance import FILE_NAME, Provenance, read_provenance
 
 if TYPE_CHECKING:
     from qlora.recipe import Weighted
 
-WEIGHTS = "adapter_model.safetensors"
 WHERE = "lora.combine"
 
 
@@ -56,7 +56,7 @@ def combine(parts: Sequence[Weighted], output: Path, *, base_id: str) -> int:
         task_type="CAUSAL_LM", base_model_name_or_path=base_id, r=rank, lora_alpha=rank, rank_pattern=others,
         alpha_pattern=dict(others), target_modules=sorted(ranks), inference_mode=True,
     ).save_pretrained(str(output))  # fmt: skip
-    save_file(tensors, output / WEIGHTS, {"format": "pt"})
+    save_file(tensors, output / WEIGHTS_NAME, {"format": "pt"})
     return sum(tensor.numel() for tensor in tensors.values())
 
 
@@ -76,6 +76,8 @@ def read_parts(parts: Sequence[Weighted]) -> list[Adapter]:
             "a bias in the adapter": "bias" in kinds,
             "an adapter of an embedding": bool(kinds & {"embedding_A", "embedding_B"}),
             "modules trained in full": bool(adapters[-1].replacements),
+            "trained tokens": bool(adapters[-1].rows),
+            "a base of its own (lora.init: pissa)": (Path(part.path) / BEGINNING).is_file(),
         }
         found = [reason for reason, there in reasons.items() if there]
         if found:
@@ -99,13 +101,19 @@ def combined_parameters(parts: Sequence[Weighted]) -> int:
 def combined_digests(parts: Sequence[Weighted]) -> list[list[str | float]] | None:
     """What the sum depends on: content and weights, not paths. None where there is nothing to combine."""
     for part in parts:
-        if not (Path(part.path) / WEIGHTS).is_file():
-            raise UserError(f"there is no {WEIGHTS}", f"{WHERE}: {part.path}", "give the directory of a LoRA adapter")
-    return [[file_digest(Path(part.path) / WEIGHTS), part.weight] for part in parts] or None
+        if not (Path(part.path) / WEIGHTS_NAME).is_file():
+            raise UserError(
+                f"there is no {WEIGHTS_NAME}", f"{WHERE}: {part.path}", "give the directory of a LoRA adapter"
+            )
+    return [[file_digest(Path(part.path) / WEIGHTS_NAME), part.weight] for part in parts] or None
 
 
 def require_same_base(parts: Sequence[Weighted], provenance: Provenance) -> None:
-    """Raise UserError where an adapter says that it was trained on other weights; PEFT's own do not say."""
+    """Raise UserError where an adapter says that it was trained on other weights; PEFT's own do not say.
+
+    As `read_parts` does before that: what has no sum has none on any base.
+    """
+    read_parts(parts)
     problems = []
     for part in parts:
         kept = Path(part.path) / FILE_NAME

@@ -52,6 +52,8 @@ class MergeReport:
     """Modules with a low-rank update."""
     replaced_tensors: int
     """Tensors that training saved whole (modules_to_save, biases)."""
+    trained_tokens: int
+    """Tokens whose rows of embeddings and output head were trained."""
     untied: bool
     """Whether input embeddings and output head were one tensor in the base and are two now."""
     total_bytes: int
@@ -109,7 +111,7 @@ def merge_adapter(
         for _ in _merged_tensors(source, progress):
             pass  # reading is what checks base and adapter
     source.adapter.check_all_taken()
-    _copy_configuration(base_dir, adapter_dir, output_dir, dtype=dtype, untie=source.untied)
+    _copy_configuration(base_dir, adapter_dir, output_dir, source, dtype)
     return MergeReport(
         base=base,
         dtype=dtype_name(dtype),
@@ -118,6 +120,7 @@ def merge_adapter(
         tensors=len(source.names()),
         merged_modules=len(source.adapter.lora),
         replaced_tensors=len(source.adapter.replacements),
+        trained_tokens=max((len(rows.tokens) for rows in source.adapter.rows.values()), default=0),
         untied=source.untied,
         total_bytes=total_bytes(written),
         digest=source.provenance.digest,
@@ -135,7 +138,7 @@ def _merged_tensors(source: MergedSource, progress: Progress | None) -> Iterator
 
 
 def _copy_configuration(
-    base_dir: Path, adapter_dir: Path, output_dir: Path, *, dtype: torch.dtype, untie: bool
+    base_dir: Path, adapter_dir: Path, output_dir: Path, source: MergedSource, dtype: torch.dtype
 ) -> None:
     """All but the weights: the base's own files, the tokenizer as trained, and a config.json that is still true."""
     copy_side_files(base_dir, output_dir, drop_quantization_config=True)
@@ -149,19 +152,26 @@ def _copy_configuration(
         if (adapter_dir / TEMPLATE_FOLDER).is_dir():
             shutil.copytree(adapter_dir / TEMPLATE_FOLDER, output_dir / TEMPLATE_FOLDER)
     config = json.loads((output_dir / "config.json").read_text(encoding="utf-8"))
-    edit_config(output_dir, _config_changes(config, dtype, untie))
+    edit_config(output_dir, _config_changes(config, dtype, source.untied, source.vocabulary))
 
 
-def _config_changes(config: dict[str, Any], dtype: torch.dtype, untie: bool) -> dict[str, Any]:
-    """Keys of config.json that the merge makes untrue, with their new values; those of nested configs too."""
+def _config_changes(
+    config: dict[str, Any], dtype: torch.dtype, untie: bool, vocabulary: tuple[int, int] | None
+) -> dict[str, Any]:
+    """Keys of config.json that the merge makes untrue, with their new values; those of nested configs too.
+
+    vocabulary: rows before and after.
+    """
     changes: dict[str, Any] = {}
     for key, value in config.items():
         if key in ("dtype", "torch_dtype"):
             changes[key] = dtype_name(dtype)
         elif key == "tie_word_embeddings" and untie:
             changes[key] = False
+        elif key == "vocab_size" and vocabulary is not None and value == vocabulary[0]:
+            changes[key] = vocabulary[1]
         elif key.endswith("_config") and isinstance(value, dict):
-            changes[key] = value | _config_changes(value, dtype, untie)
+            changes[key] = value | _config_changes(value, dtype, untie, vocabulary)
     if untie:
         changes.setdefault("tie_word_embeddings", False)
     return changes

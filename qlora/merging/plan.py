@@ -34,6 +34,8 @@ class MergePlan:
     tensors: list[MergedTensor]
     untied: bool
     """Whether tensors that the base shares have become separate, because the adapter trained one of them."""
+    vocabulary: tuple[int, int] | None = None
+    """Rows of the embeddings in the base and here, where tokens have been added beyond them."""
 
 
 def plan_merge(reader: CheckpointReader, provenance: Provenance, adapter: Adapter, dtype: torch.dtype) -> MergePlan:
@@ -58,9 +60,13 @@ def plan_merge(reader: CheckpointReader, provenance: Provenance, adapter: Adapte
     _check_shapes(reader, provenance, adapter, sources, ties)
 
     parameters = {source: parameter for parameter, source in sources.items()}
+    for tie in ties:  # rows are trained in all that are tied, and kept under one of their names
+        kept = [parameter for parameter in tie.parameters if parameter in adapter.rows]
+        parameters[sources[tie.stored_as]] = kept[0] if kept else tie.stored_as
     tie_of = {sources[tie.stored_as]: tie for tie in ties}
     duplicates = {as_stored(parameter) for tie in ties for parameter in tie.parameters if parameter != tie.stored_as}
     tensors: list[MergedTensor] = []
+    vocabulary = None
     for source in stored:
         if source in duplicates:
             continue
@@ -72,9 +78,13 @@ def plan_merge(reader: CheckpointReader, provenance: Provenance, adapter: Adapte
             module = parameter.removesuffix(".weight")
             own = reader.spec(source)
             spec = TensorSpec(dtype, own.shape) if adapter.changes(parameter) or module in provenance.quantized else own
+            if parameter in adapter.rows:
+                most = max(own.shape[0], *(token + 1 for token in adapter.rows[parameter].tokens))
+                vocabulary = (own.shape[0], most) if most > own.shape[0] else vocabulary
+                spec = TensorSpec(dtype, (most, own.shape[1]))
             transposed = parameter.endswith(".weight") and module in provenance.transposed
             tensors.append(MergedTensor(name, source, parameter, spec, transposed))
-    return MergePlan(tensors, untied=any(tie.broken for tie in ties))
+    return MergePlan(tensors, any(tie.broken for tie in ties), vocabulary)
 
 
 @dataclass(frozen=True)
@@ -85,12 +95,13 @@ class _Tie:
     stored_as: str
     """The parameter under whose name the tensor is stored."""
     broken: bool
-    """Whether the adapter changes one of them, so that they are no longer equal."""
+    """Whether the adapter changes one of them and not all, so that they are no longer equal."""
 
     @classmethod
     def of(cls, parameters: list[str], adapter: Adapter, stored: set[str]) -> _Tie:
         stored_as = next((parameter for parameter in parameters if parameter in stored), parameters[0])
-        return cls(parameters, stored_as, any(adapter.changes(parameter) for parameter in parameters))
+        changed = [parameter for parameter in parameters if adapter.changes(parameter)]
+        return cls(parameters, stored_as, any(parameter not in adapter.rows for parameter in changed))
 
 
 def _check_shapes(
@@ -115,5 +126,19 @@ def _check_shapes(
             what = f"{key} has the shape {list(adapter.spec(key).shape)}, the base {list(shape)}"
             fix = "a vocabulary that was resized in training cannot be merged: resize the base first and train on it"
             problems.append(Problem(what, where, fix))
+    for tie in ties:
+        rows = [parameter for parameter in tie.parameters if parameter in adapter.rows]
+        if len(rows) > 1 or (rows and tie.broken):
+            what = f"{' and '.join(tie.parameters)} are one matrix, of which more is trained than some rows"
+            problems.append(Problem(what, str(adapter.directory), "train rows, or the whole matrix"))
+    for parameter, found in adapter.rows.items():
+        (vocabulary, width), rows_shape = (
+            reader.spec(sources[stored_as.get(parameter, parameter)]).shape,
+            adapter.spec(found.key).shape,
+        )
+        beyond = {token for token in found.tokens if token >= vocabulary}
+        if rows_shape[1] != width or len(beyond) != max(0, max(found.tokens) + 1 - vocabulary):
+            what = f"{found.key} {list(rows_shape)} does not fit {vocabulary} tokens of width {width}, with gaps behind"
+            problems.append(Problem(what, where, f"merge into {provenance.base_id}"))
     if problems:
         raise UserError(problems)

@@ -23,6 +23,7 @@ from qlora.merging.base_weights import TrainedOn, row_blocks, trained_on
 from qlora.merging.plan import MergedTensor, plan_merge
 from qlora.merging.rounding import stochastic
 from qlora.models.checkpoint import CheckpointReader, TensorSpec
+from qlora.models.principal import KeptParts
 from qlora.models.provenance import ABSMAX_TOLERANCE, FILE_NAME, dtype_name, read_provenance
 
 MergeBase = Literal["dequantized", "original"]
@@ -59,6 +60,7 @@ class MergedSource:
         self.directory = Path(config_dir)
         self.provenance = read_provenance(Path(adapter_dir) / FILE_NAME)
         self.adapter = Adapter(adapter_dir)
+        self._taken = KeptParts(Path(adapter_dir), self.provenance.beginning)
         self.absmax_deviation = 0.0
         """Largest relative difference of a layer's block scales to those of training, over all that were read."""
         self._base_reader = CheckpointReader(base_dir)
@@ -67,6 +69,7 @@ class MergedSource:
         self._device = device
         plan = plan_merge(self._base_reader, self.provenance, self.adapter, dtype)
         self.untied = plan.untied
+        self.vocabulary = plan.vocabulary
         self._tensors = {tensor.name: self._in_weight_dtype(tensor, weight_dtype) for tensor in plan.tensors}
 
     def names(self) -> list[str]:
@@ -85,6 +88,8 @@ class MergedSource:
             value = self.adapter.replacement(parameter)
         else:
             value = self._base_reader.read(tensor.source)
+        if parameter in self.adapter.rows:
+            value = self.adapter.with_rows(parameter, value.to(tensor.spec.dtype), self.provenance.load_dtype)
         module, _, kind = parameter.rpartition(".")
         lora = self.adapter.lora.get(module, {})
         if kind == "bias" and "bias" in lora:
@@ -104,18 +109,22 @@ class MergedSource:
 
     def _merged_weight(self, module: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         shape = tuple(weight.shape)
-        quantized = self._quantize_again(module, weight) if module in self.provenance.quantized else None
+        taken = self._taken[module] if module in self._taken.names else None
+        trained_on = weight if taken is None else taken.rest(weight, self.provenance.load_dtype, self._device)
+        quantized = self._quantize_again(module, trained_on) if module in self.provenance.quantized else None
         adapted = module in self.adapter.lora
         update = self.adapter.weight_update(module, shape, self._device) if adapted else None
         merged = torch.empty(shape, dtype=dtype)
         for rows in row_blocks(shape, self.provenance.settings.blocksize):
-            if self._base == "original":
+            if self._base == "original" and taken is not None:
+                block = taken.of_rows(rows).rest_of_block(weight[rows], self._device).float()
+            elif self._base == "original":
                 block = weight[rows].to(self._device).float()
             elif quantized is not None:
                 block = quantized.dequantize(rows)
             else:
                 # A layer that stayed in 16 bits: training saw it in the dtype the base was loaded in.
-                block = weight[rows].to(self._device).to(self.provenance.load_dtype).float()
+                block = trained_on[rows].to(self._device).to(self.provenance.load_dtype).float()
             if update is not None:
                 block = update.apply(block, rows)
             if update is not None and self._rounding == "stochastic":

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora.artifacts import atomic_directory, file_digest, quick_digest
+from qlora.artifacts import atomic_directory, file_digest, one_at_a_time, quick_digest
 from qlora.models.patches import parse_gguf_once
 from qlora.models.preview import Preview, download, preview_base
 from qlora.models.side_files import older_spellings
@@ -72,12 +72,15 @@ def _place(name: str, digest: str) -> Path:
 
 
 def _converted(name: str, digest: str, convert: Callable[[Path], None]) -> Path:
-    """Convert once, into the cache: weights dequantized to bf16."""
+    """Convert once, into the cache: weights dequantized to bf16. Processes of one launch come here together."""
     directory = _place(name, digest)
-    if not directory.is_dir():
-        console().print(f"  converting {name} to bf16 safetensors, once: {directory}")
-        with atomic_directory(directory) as partial_directory:
-            convert(partial_directory)
+    if directory.is_dir():
+        return directory
+    with one_at_a_time(directory):
+        if not directory.is_dir():
+            console().print(f"  converting {name} to bf16 safetensors, once: {directory}")
+            with atomic_directory(directory) as partial_directory:
+                convert(partial_directory)
     return directory
 
 

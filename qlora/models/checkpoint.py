@@ -90,13 +90,13 @@ class _Location:
 class CheckpointReader:
     """The tensors of a local directory: `model.safetensors`, an index with its shards, or one other safetensors file.
 
-    Construction reads headers only. Raises UserError when there is no checkpoint, a shard is missing, or a file is
-    damaged or truncated.
+    file: the name of that one, where others lie beside it. Construction reads headers only. Raises UserError when there
+    is no checkpoint, a shard is missing, or a file is damaged or truncated.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, file: str | None = None) -> None:
         self.directory = Path(directory)
-        self._locations = _locate_tensors(self.directory)
+        self._locations = _locate_tensors(self.directory, file)
 
     def names(self) -> list[str]:
         """All tensor names, shard after shard, in the order of their bytes."""
@@ -298,9 +298,13 @@ def _write_at(descriptor: int, data: memoryview, offset: int) -> None:
         done += os.pwrite(descriptor, data[done:], offset + done)
 
 
-def _locate_tensors(directory: Path) -> dict[str, _Location]:
+def _locate_tensors(directory: Path, file: str | None = None) -> dict[str, _Location]:
     if not directory.is_dir():
         raise UserError("no such directory", where=str(directory), fix="check the path")
+    if file is not None:
+        if not (directory / file).is_file():
+            raise UserError(f"there is no {file}", where=str(directory), fix="check the path")
+        return _read_header(directory / file)
     if (directory / WEIGHTS_NAME).is_file():
         return _read_header(directory / WEIGHTS_NAME)
     if (directory / INDEX_NAME).is_file():

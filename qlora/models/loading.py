@@ -20,6 +20,14 @@ from qlora.errors import UserError
 from qlora.models.packed_checkpoint import dequantized_tensors, transposed_linears
 from qlora.models.patches import each_quantized_weight, plain_falcon_linears
 from qlora.models.placement import place
+from qlora.models.tokens import (
+    TrainedTokens,
+    begin_rows,
+    grow,
+    read_rows_apart,
+    require_rows,
+    token_indices,
+)
 from qlora.recipe import Lora, Model
 
 if TYPE_CHECKING:
@@ -48,20 +56,25 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_for_training(base: Base, model: Model, device: str, sharding: Sharding | None = None) -> PreTrainedModel:
+def load_for_training(
+    base: Base, model: Model, device: str, *, tokens: TrainedTokens | None = None, sharding: Sharding | None = None
+) -> PreTrainedModel:
     """The frozen base as training holds it, in the recipe's dtype.
 
-    sharding: how processes share a base in 4 bits; a device holds no more of it than its part at any time. Raises
-    UserError as `load_base` does, and where the recipe wants a checkpoint's own codes and it has none.
+    tokens: that are to have rows, as training begins with them (`begin_rows`). sharding: how processes share a base in
+    4 bits; a device holds no more of it than its part at any time. Raises UserError as `load_base` does, and where the
+    recipe wants a checkpoint's own codes and it has none.
     """
     if model.quantization != "checkpoint":
-        return load_base(base.directory, model, device, quantized=True, sharding=sharding)
+        return load_base(base.directory, model, device, quantized=True, tokens=tokens, sharding=sharding)
     from qlora.models.packed_base import load_packed, require_packed
 
     require_packed(base.id, base.dequantized_from, model)
     assert base.packed is not None, "of GPTQ and AWQ it is known"
     loaded = load_packed(base.packed, model, DTYPES[model.dtype], device)
     loaded.config.use_cache = False
+    if tokens is not None:
+        begin_rows(loaded, tokens)
     return loaded
 
 
@@ -71,13 +84,14 @@ def load_base(
     device: str,
     *,
     quantized: bool,
+    tokens: TrainedTokens | None = None,
     most: int | None = None,
     sharding: Sharding | None = None,
 ) -> PreTrainedModel:
     """The frozen base in the recipe's dtype, its linear layers quantized by bitsandbytes if `quantized`.
 
-    most: bytes of each GPU that a base in 16 bits may take, as `place` has it. sharding: as `load_for_training` has it.
-    Raises UserError for `model.skip_modules` that name nothing.
+    tokens, sharding: as `load_for_training` has them. most: bytes of each GPU that a base in 16 bits may take, as
+    `place` has it. Raises UserError for `model.skip_modules` that name nothing.
     """
     options: dict[str, Any] = {
         "dtype": DTYPES[model.dtype],
@@ -86,6 +100,8 @@ def load_base(
         "trust_remote_code": model.trust_remote_code,
     }
     config = AutoConfig.from_pretrained(directory, trust_remote_code=model.trust_remote_code)
+    if quantized and model.quantization == "checkpoint":
+        raise ValueError("a checkpoint's own codes are loaded by load_for_training")
     if quantized and model.requantizes:
         options["quantization_config"] = bitsandbytes_config(model, _left_in_16_bits(config, model))
     with contextlib.ExitStack() as patches:
@@ -99,6 +115,8 @@ def load_base(
     disable_cpu_repacking(loaded)
     train_as_measured(loaded)
     loaded.config.use_cache = False
+    if tokens is not None:
+        begin_rows(loaded, tokens)
     return loaded if most is None else place(loaded, device, most)
 
 
@@ -163,7 +181,7 @@ def _stay_in_training(module: torch.nn.Module, mode: bool = True) -> torch.nn.Mo
     return module
 
 
-def lora_config(lora: Lora) -> Any:
+def lora_config(lora: Lora, token_indices: dict[str, list[int]] | None = None) -> Any:
     from peft import LoraConfig
 
     return LoraConfig(
@@ -177,19 +195,22 @@ def lora_config(lora: Lora) -> Any:
         alpha_pattern=dict(lora.alpha_pattern),
         bias=lora.bias,
         modules_to_save=list(lora.modules_to_save) or None,
+        trainable_token_indices=token_indices,
         init_lora_weights="gaussian" if lora.init == "gaussian" else True,
         task_type="CAUSAL_LM",
     )
 
 
-def attach_adapter(base: PreTrainedModel, lora: Lora) -> Any:
+def attach_adapter(base: PreTrainedModel, lora: Lora, tokens: TrainedTokens | None = None) -> Any:
     """A fresh LoRA adapter on the base (a `PeftModel`), trainable parameters in `lora.dtype`.
 
-    Raises UserError when `lora.target_modules` matches nothing, or the experts of a mixture.
+    tokens: whose rows it trains; the base has them (`begin_rows`). Raises UserError when `lora.target_modules` matches
+    nothing, or the experts of a mixture or the output head, and as `token_indices` and `require_rows` do.
     """
     from peft import get_peft_model
+    from peft.tuners.lora import LoraLayer
 
-    config = lora_config(lora)
+    config = lora_config(lora, token_indices(base, tokens, lora) if tokens is not None else None)
     if lora.target_modules == "all-linear" and fused_parameters(base):
         config.target_modules = _linears_beside_experts(base)
     try:
@@ -198,12 +219,29 @@ def attach_adapter(base: PreTrainedModel, lora: Lora) -> Any:
         raise UserError(
             str(error).splitlines()[0], "lora.target_modules", "all-linear fits every architecture"
         ) from None
+    except TypeError:
+        if tokens is None:
+            raise
+        raise UserError(
+            "token embeddings cannot have both trained rows and an adapter",
+            "lora.target_modules",
+            "leave them out, or new_tokens and train_tokens",
+        ) from None
     if config.target_parameters:
         raise UserError(
             f"experts cannot have an adapter: {', '.join(sorted(config.target_parameters))}",
             "lora.target_modules",
             "use all-linear, which leaves them out, or name the linears of the attention",
         )
+    if isinstance(adapted.get_base_model().get_output_embeddings(), LoraLayer):
+        raise UserError(
+            "the output head cannot have an adapter: TRL takes losses from its weight alone",
+            "lora.target_modules",
+            "leave it out; lora.modules_to_save trains it whole",
+        )
+    if tokens is not None:
+        require_rows(adapted)
+        read_rows_apart(adapted)
     return adapted
 
 
@@ -227,13 +265,25 @@ def _linears_beside_experts(model: PreTrainedModel) -> set[str]:
     return linears - {"gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
 
 
-def load_trained(base: PreTrainedModel, adapter: Path) -> Any:
-    """The trained adapter on its base, for measuring (a `PeftModel` in eval mode)."""
-    from peft import PeftModel
+def load_trained(base: PreTrainedModel, adapter: Path, directory: Path) -> Any:
+    """The trained adapter on its base, for measuring (a `PeftModel` in eval mode).
 
+    base: as `load_base` loads it from the directory.
+    """
+    from peft import LoraConfig, PeftModel
+
+    from qlora.models.adapter_beginning import put_rests
     from qlora.models.adapter_sums import round_once
+    from qlora.models.provenance import FILE_NAME, read_provenance
 
-    return round_once(PeftModel.from_pretrained(base, adapter).eval())
+    config = LoraConfig.from_pretrained(str(adapter))
+    config.init_lora_weights, config.inference_mode = True, True  # the base is what it began from already
+    if config.trainable_token_indices:
+        grow(base, TrainedTokens.of_layers(config.trainable_token_indices))
+    put_rests(base, adapter, read_provenance(adapter / FILE_NAME).beginning, directory)
+    model = PeftModel.from_pretrained(base, adapter, config=config).eval()
+    read_rows_apart(model)
+    return round_once(model)
 
 
 def load_plain(

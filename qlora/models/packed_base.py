@@ -58,10 +58,9 @@ def packed_notes(found: Preview, model: Model, shapes: ModelShapes) -> list[Prob
         )
     else:
         held = "16 bits" if model.quantization == "none" else model.quantization
-        what = (
-            f"{found.id} is a {name} checkpoint: its weights are {cached} GiB), and held in {held} for training; "
-            "model.quantization: checkpoint trains on its own codes instead"
-        )
+        what = f"{found.id} is a {name} checkpoint: its weights are {cached} GiB), and held in {held} for training"
+        if not shapes.experts:
+            what += "; model.quantization: checkpoint trains on its own codes instead"
     notes = [Problem(what, "model.base")]
     _, config = find_config(found.directory)
     asked = [f"{key}: {str(config[key]).lower()}" for key in KERNEL_KEYS if key in config]

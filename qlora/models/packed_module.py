@@ -27,8 +27,8 @@ class PackedLinear(nn.Linear):
         # Parameters, so that they move with the model and DDP sends them once and not with every forward.
         self.qweight = _frozen(weight.qweight_WN)
         self.zeros = _frozen(weight.zeros_GN)
-        # As integers, so that casting the model to another dtype leaves them what they are.
-        self.scales = _frozen(weight.scales_GN.view(torch.int16))
+        # As bytes, so that casting the model to another dtype leaves them what they are; NCCL knows no int16.
+        self.scales = _frozen(weight.scales_GN.contiguous().view(torch.uint8))
         self._scale_dtype = weight.scales_GN.dtype
         self.rows = None if weight.rows_K is None else _frozen(weight.rows_K)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]

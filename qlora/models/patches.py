@@ -49,23 +49,28 @@ def each_quantized_weight(seen_by: Callable[[Any], None]) -> Iterator[None]:
     """Show every 4-bit weight, as soon as there is one, to a function that may change it, before the next is read.
 
     transformers gives out whole models only (Bnb4bitQuantize in transformers.integrations.bitsandbytes, 5.17 to 5.23),
-    and those of several cards would lie on one.
+    and those of several cards would lie on one. It would also take the memory of a whole model from the device before
+    it begins (caching_allocator_warmup in transformers.modeling_utils), which is left out.
     """
+    from transformers import modeling_utils
     from transformers.integrations.bitsandbytes import Bnb4bitQuantize
 
-    before = Bnb4bitQuantize.convert
+    plain = Bnb4bitQuantize.convert
 
     def convert(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        found = before(self, *args, **kwargs)
+        found = plain(self, *args, **kwargs)
         for weight in found.values():
             seen_by(weight)
         return found
 
+    warm_up = modeling_utils.caching_allocator_warmup
     Bnb4bitQuantize.convert = convert  # type: ignore[method-assign]
+    modeling_utils.caching_allocator_warmup = lambda *_: None
     try:
         yield
     finally:
-        Bnb4bitQuantize.convert = before  # type: ignore[method-assign]
+        Bnb4bitQuantize.convert = plain  # type: ignore[method-assign]
+        modeling_utils.caching_allocator_warmup = warm_up
 
 
 def left_out_of_ddp(model: Any, names: Sequence[str]) -> None:

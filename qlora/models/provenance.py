@@ -101,6 +101,9 @@ class Provenance:
     """Names of linear layers whose stored weight is [in, out] (GPT-2's Conv1D), sorted."""
     renamed: dict[str, str] = field(default_factory=dict)
     """Parameter name → name of the stored tensor, where transformers renames on loading."""
+    beginning: str | None = None
+    """sha256 of the file that says what the adapter began as, where that was taken from the weights before they were
+    quantized (`principal`): `quantized` is then of what is left."""
 
     @property
     def digest(self) -> str:
@@ -110,7 +113,13 @@ class Provenance:
 
 
 def write_provenance(
-    model: nn.Module, path: Path, *, base_id: str, revision: str | None, settings: QuantizationSettings
+    model: nn.Module,
+    path: Path,
+    *,
+    base_id: str,
+    revision: str | None,
+    settings: QuantizationSettings,
+    beginning: str | None = None,
 ) -> Provenance:
     """Describe the base inside a model that is loaded for training, with or without a PEFT adapter on it, as base.json.
 
@@ -162,6 +171,7 @@ def write_provenance(
         tied=_tied_parameters(base),
         transposed=sorted(transposed),
         renamed=renamed_tensors(base),
+        beginning=beginning,
     )
     path.write_text(json.dumps(provenance_to_json(provenance), indent=1) + "\n", encoding="utf-8")
     return provenance
@@ -290,12 +300,14 @@ def _module_codes(name: str, module: Linear4bit, settings: QuantizationSettings)
 def _base_items(items: Iterator[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Modules or parameters of the base under the names they had before PEFT wrapped them, without those PEFT added.
 
-    PEFT holds the original of an adapted layer as `base_layer`, that of a fully trained one as `original_module`.
+    PEFT holds the original of an adapted layer as `base_layer`, that of a fully trained one as `original_module`, and
+    that of one with trained rows as `token_adapter.base_layer`.
     """
+    wrappers = ("base_layer", "original_module", "token_adapter")
     for name, item in items:
         parts = name.split(".")
-        if not any(part.startswith("lora_") or part == "modules_to_save" for part in parts):
-            yield ".".join(part for part in parts if part not in ("base_layer", "original_module")), item
+        if not any(part.startswith(("lora_", "trainable_tokens_")) or part == "modules_to_save" for part in parts):
+            yield ".".join(part for part in parts if part not in wrappers), item
 
 
 def _tied_parameters(base: nn.Module) -> list[list[str]]:

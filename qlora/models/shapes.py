@@ -29,6 +29,7 @@ from qlora.errors import UserError
 from qlora.models.loading import attach_adapter, fused_parameters
 from qlora.models.starting_adapter import require_fit
 from qlora.models.stored_names import stored_names
+from qlora.models.tokens import TrainedTokens, begin_rows
 from qlora.quantization.experts import Experts, expert_pieces, take_experts_apart
 from qlora.quantization.modules import decoder_layers, quantizable_modules, weight_shape
 from qlora.recipe import Lora
@@ -201,12 +202,18 @@ def _linears(model: PreTrainedModel) -> tuple[LinearShape, ...]:
     return tuple(linears)
 
 
-def adapter_shapes(model: PreTrainedModel, lora: Lora) -> AdapterShapes:
+def adapter_shapes(model: PreTrainedModel, lora: Lora, tokens: TrainedTokens | None = None) -> AdapterShapes:
     """What the recipe's adapter trains. PEFT attaches it to `model` (a `skeleton`), so its own matching rules count.
 
-    Raises `UserError` when `lora.target_modules` matches nothing, or is not what `lora.start_from` has.
+    Raises `UserError` when `lora.target_modules` matches nothing, or is not what `lora.start_from` has, or has layers
+    that `lora.init` does not know how to take apart.
     """
-    adapted = attach_adapter(model, lora)
+    from qlora.models.adapter_beginning import require_layers
+
+    if tokens is not None:
+        begin_rows(model, tokens)
+    adapted = attach_adapter(model, lora, tokens)
+    require_layers(adapted, lora)
     if lora.start_from is not None:
         require_fit(adapted, lora)
     return AdapterShapes(sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad))

@@ -7,9 +7,9 @@ weights. These lie in two buffers that layers take turns in, and while one layer
 Adapters, norms, embeddings and the head are whole on every process: gradients are averaged, and files written, as
 without sharding.
 
-FSDP2 itself is not used: what it puts in the place of a gathered weight is no `Params4bit` and has no quantization
-state, it does not shard block scales, it knows no recomputation that runs a backward of its own, and with accelerate
-1.15 a whole base has to lie on each card first (`fsdp2_prepare_model` leaves out its loading in parts for 4 bits).
+FSDP2 itself is not used: what it puts in the place of a gathered weight is a plain parameter without the quantization
+state that kernels need (torch.distributed.fsdp._fully_shard, 2.13), block scales stay whole, and with accelerate 1.15 a
+whole base has to lie on each card first (`fsdp2_prepare_model` does not load 4-bit models in parts).
 
 C: bytes of a part.
 """

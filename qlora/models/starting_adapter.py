@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from qlora.artifacts import file_digest, read_json
 from qlora.errors import UserError
+from qlora.models.principal import FILE as BEGINNING
 from qlora.models.provenance import FILE_NAME, Provenance, read_provenance
 from qlora.recipe import Lora
 
@@ -43,6 +44,12 @@ def require_fit(model: Any, lora: Lora) -> None:
     from peft import get_peft_model_state_dict
 
     config = read_json(_file(lora, CONFIG))
+    if (Path(str(lora.start_from)) / BEGINNING).is_file():
+        raise UserError(
+            "the adapter to go on from has a base of its own: what lora.init: pissa left of this one",
+            WHERE,
+            "take the merged model of its run as model.base, and begin anew",
+        )
     other = [
         f"lora.{ours} {getattr(lora, ours)} (there {config.get(theirs)})"
         for theirs, ours in SETTINGS.items()
@@ -52,6 +59,7 @@ def require_fit(model: Any, lora: Lora) -> None:
         raise UserError(
             f"the adapter to go on from has another {', '.join(other)}", WHERE, "give the recipe the adapter's settings"
         )
+    _require_tokens(model, lora, config)
     found, expected = _weights(lora), get_peft_model_state_dict(model, save_embedding_layers=False)
     wrong = sorted(
         name
@@ -65,6 +73,28 @@ def require_fit(model: Any, lora: Lora) -> None:
             WHERE,
             "name the modules that the adapter has in lora.target_modules, and its base in model.base",
         )
+
+
+def _require_tokens(model: Any, lora: Lora, config: dict[str, Any]) -> None:
+    """Raise UserError unless the same rows are trained there, of tokens of the same text."""
+    there, here = ((each or {}) for each in (config.get("trainable_token_indices"), _indices(model)))
+    texts = [token.text for token in lora.new_tokens]
+    same = there == here
+    if same and texts and (Path(str(lora.start_from)) / "tokenizer_config.json").is_file():
+        from qlora.models.loading import load_tokenizer
+
+        known = load_tokenizer(Path(str(lora.start_from))).get_vocab()
+        same = all(text in known for text in texts)
+    if not same:
+        raise UserError(
+            "the adapter to go on from trains other tokens",
+            WHERE,
+            "give lora.new_tokens and train_tokens of its recipe",
+        )
+
+
+def _indices(model: Any) -> Any:
+    return model.peft_config["default"].trainable_token_indices
 
 
 def require_base(provenance: Provenance, lora: Lora) -> None:

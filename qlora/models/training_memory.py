@@ -46,13 +46,23 @@ DEQUANTIZE_RATE = {"cuda": 1e12, "cpu": 1e9}
 GATHER_RATE = {"cuda": 2e10, "cpu": 2e9}
 # Seconds of a forward and backward pass that do not depend on its tokens, per layer: kernels that begin and end.
 PASS_SECONDS = {"cuda": 3e-4, "cpu": 1e-3}
-# Seconds per layer in which Python launches the kernels of a pass, while others run.
+# Seconds per layer in which Python launches the kernels of a pass, while others run; where it was not measured.
 LAUNCH_SECONDS = 2e-3
 # Inputs of layers that are on the device at a time, of those that wait in host memory.
 OFFLOADED_ON_DEVICE = 3
 WORKSPACES = 2 * 2**25  # of cuBLAS, for the thread of the forward and that of the backward
 OFFLOADING_SLOWER = 1.05  # copies beside the computation take some of the memory's bandwidth
 UNKNOWN_PEAK = 100e12  # of a GPU that is not known
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What one decoder layer was found to take."""
+
+    kept_bytes: float
+    """Per token, for its backward."""
+    launch_seconds: float | None
+    """Of a host that launches its forward and backward; None on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +75,10 @@ class Trained:
     machine: Machine
     sequence: float
     """Mean tokens that a token's row has."""
-    measured: float | None = None
-    """Bytes that a layer was found to keep per token; by formula where there is none."""
+    measured: Probe | None = None
+    """By formula where there is none."""
+    records: bool = False
+    """Whether passes can be recorded as CUDA graphs, which are launched in no time."""
     shards: int = 1
     """Processes that share the 4-bit weights."""
 
@@ -124,7 +136,7 @@ class Trained:
             "base": base_bytes(self.recipe, shapes, self.shards) - on_host,
             "two layers that are gathered": 2 * self._packed_bytes // shapes.layers if self.shards > 1 else 0,
             "adapter and optimizer": (3 * BYTES[self.recipe.lora.dtype] + copies) * self.adapter.trainable,
-            **max(self._moments(one), key=lambda parts: sum(parts.values())),
+            **self._at_peak(one),
             "workspaces of cuBLAS": WORKSPACES if self.machine.on_gpu else 0,
             "dequantized weights": round(dequantized * self._largest_dequantized),
             "weights in 16 bits too": itemsize * self.quantized * one.dense // shapes.layers,
@@ -135,13 +147,16 @@ class Trained:
         """Weights of the largest linear; experts are in 16 bits."""
         return max((linear.parameters for linear in self.shapes.linears if linear.experts == 1), default=0)
 
+    def _at_peak(self, one: Pass) -> dict[str, int]:
+        return max(self._moments(one), key=lambda parts: sum(parts.values()))
+
     def _moments(self, one: Pass) -> Iterator[dict[str, int]]:
         """What of a backward is live at its beginning, where it comes to layers computed again, and at its end."""
         layers, each = self.shapes.layers, one.tokens * self.shapes.hidden_size * self.itemsize
         kept, work = round(self.kept_bytes * one.tokens), round(self.working_bytes * one.tokens)
         gradients = BYTES[self.recipe.lora.dtype] * self.adapter.trainable
         # CUDA graphs write gradients to the same place in every step.
-        throughout = one.accumulated or (self.fused and self.launch_bound(one))
+        throughout = one.accumulated or self.recorded(one)
 
         def moment(layer: int, saved: int, working: int) -> dict[str, int]:
             """layer: how many are yet to come; saved: of how many all is there that their backward needs."""
@@ -161,7 +176,10 @@ class Trained:
     def peak(self, one: Pass) -> int:
         """Bytes of the device, with what the process itself takes and the allocator's slack."""
         process = CUDA_CONTEXT if self.machine.on_gpu else PROCESS
-        return round(FRAGMENTATION * (process + sum(self.parts(one).values())))
+        at_peak = self._at_peak(one)
+        # Recordings have memory of their own, beside that of the first pass of a size.
+        twice = sum(at_peak.values()) - at_peak["gradients"] if self.recorded(one) else 0
+        return round(FRAGMENTATION * (process + sum(self.parts(one).values()) + twice))
 
     def seconds(self, one: Pass) -> float:
         """Of a pass; where the device's peak is not known, right up to a factor."""
@@ -172,15 +190,22 @@ class Trained:
         slower = OFFLOADING_SLOWER if one.offloaded else 1
         busy = slower * self._computing(one) + dequantizing + PASS_SECONDS[device] * self.shapes.layers
         gathering = 2 * (1 - 1 / self.shards) * self._packed_bytes / GATHER_RATE[device]  # forward and backward
-        return max(busy, gathering, LAUNCH_SECONDS * self.shapes.layers if self.fused else 0.0)
+        launched_alone = self.fused and not (self.records and not one.offloaded)
+        return max(busy, gathering, self._launching if launched_alone else 0.0)
 
     @property
     def _packed_bytes(self) -> int:
         return packed_bytes(self.recipe, self.shapes)
 
-    def launch_bound(self, one: Pass) -> bool:
-        """Whether a GPU is done with kernels before the next are launched."""
-        return self.machine.on_gpu and self._computing(one) < LAUNCH_SECONDS * self.shapes.layers
+    def recorded(self, one: Pass) -> bool:
+        """Whether such passes are recorded: where they can be, and a GPU is done with kernels before others come."""
+        return self.records and self.fused and not one.offloaded and self._computing(one) < self._launching
+
+    @property
+    def _launching(self) -> float:
+        """Seconds in which a host launches a pass."""
+        found = LAUNCH_SECONDS if self.measured is None else self.measured.launch_seconds or 0.0
+        return found * self.shapes.layers
 
     def _computing(self, one: Pass) -> float:
         share = one.recomputed / self.shapes.layers
@@ -192,7 +217,7 @@ class Trained:
     def kept_bytes(self) -> float:
         """What a layer keeps per token for its backward."""
         if self.measured is not None:
-            return self.measured
+            return self.measured.kept_bytes
         if not self.fused:
             return layer_activation_bytes(self.shapes, self.itemsize)
         shapes = self.shapes

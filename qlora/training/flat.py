@@ -6,7 +6,8 @@ is, and so does its gradient: both are views of one tensor. Checkpoints are thos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,18 @@ class Flat:
         if self.whole.grad is None:
             self.whole.grad = self._gradient.zero_()
         loss.backward()
+
+    @contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Parameters without gradients, as for a backward of its own; afterwards they have theirs again."""
+        before = [each.grad for each in self.parameters]
+        for parameter in self.parameters:
+            parameter.grad = None
+        try:
+            yield
+        finally:
+            for parameter, gradient in zip(self.parameters, before, strict=True):
+                parameter.grad = gradient
 
     def optimizer(self, one: Optimizer) -> Optimizer:
         """The same, over all parameters as one where it treats them alike and element by element."""
@@ -101,12 +114,14 @@ class KeptGradients:
 
     def keep(self) -> None:
         """Copy them, where there are any, without waiting for the device."""
-        self._kept = {number for number, each in enumerate(self._parameters) if each.grad is not None}
-        for number in self._kept:
-            gradient: Any = self._parameters[number].grad
+        gradients = {number: each.grad for number, each in enumerate(self._parameters) if each.grad is not None}
+        self._kept = set(gradients)
+        for number, gradient in gradients.items():
             if number not in self._places:
                 self._places[number] = torch.empty_like(gradient, device="cpu", pin_memory=gradient.is_cuda)
-            self._places[number].copy_(gradient, non_blocking=True)
+        if gradients:
+            places = [self._places[number] for number in gradients]
+            torch._foreach_copy_(places, list(gradients.values()), non_blocking=True)
 
     def give_back(self) -> None:
         """Have all gradients be what was kept."""

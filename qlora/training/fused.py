@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear8bitLt
 from peft.tuners.lora import LoraLayer
+from peft.utils import TrainableTokensWrapper
 from torch import nn
 from transformers.activations import GELUTanh, SiLUActivation
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -29,6 +30,7 @@ from qlora.kernels.lora_linears import Copies, FrozenLinear, free_buffers, lora_
 from qlora.kernels.norms import SOURCE, fuse_rms_norms
 from qlora.kernels.rotary import learns, rotate
 from qlora.models.frozen import QUANTIZED, compute_dtype, dense_weight, is_known, kernel_weight
+from qlora.models.tokens import learned_rows, row_ids
 from qlora.training.residual import ADDS_RESIDUAL, fuse_layers
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -144,15 +146,20 @@ def _rotates(plain: Callable[..., Any]) -> bool:
 def fuse_head(model: Any) -> str | None:
     """Have a PEFT model compute its loss from `HEAD_INPUTS` where a batch has them; why not, if it cannot.
 
+    Of a head, rows of some tokens may learn.
+
     The batch's other inputs, and batches without, go the model's own way.
     """
     causal = model.get_base_model()
     decoder, head = getattr(causal, causal.base_model_prefix, None), causal.get_output_embeddings()
+    trained = head.token_adapter if isinstance(head, TrainableTokensWrapper) else None
+    head = head if trained is None else trained.get_base_layer()
     if decoder is None or type(head) is not nn.Linear:
         return "an output head of another kind"
     if head.weight.requires_grad or head.bias is not None:
         return "an output head that learns or has a bias"
     plain = causal.forward
+    ids = row_ids(trained) if trained is not None else None
 
     @wraps(type(causal).forward)  # by its signature transformers tells what `generate` may pass
     def forward(
@@ -171,7 +178,9 @@ def fuse_head(model: Any) -> str | None:
         count = torch.as_tensor(len(targets) if num_items_in_batch is None else num_items_in_batch)
         with torch.autocast(hidden_ND.device.type, enabled=False):
             weight_VD = head.weight.to(hidden_ND.dtype)
-            loss = head_loss(hidden_ND, weight_VD, targets, 1 / count.clamp(min=1))
+            rows_LD = learned_rows(trained) if trained is not None else None
+            learned = (ids, rows_LD.to(hidden_ND.dtype)) if ids is not None and rows_LD is not None else None
+            loss = head_loss(hidden_ND, weight_VD, targets, 1 / count.clamp(min=1), learned)
         return CausalLMOutputWithPast(loss=loss)  # type: ignore[arg-type]
 
     ids_BT = torch.arange(8, device=head.weight.device)[None] % head.out_features
@@ -179,7 +188,11 @@ def fuse_head(model: Any) -> str | None:
     model.eval()
     with torch.no_grad():
         expected = plain(input_ids=ids_BT).logits
-        found = decoder(input_ids=ids_BT).last_hidden_state @ head.weight.T
+        hidden_BTD = decoder(input_ids=ids_BT).last_hidden_state
+        found = hidden_BTD @ head.weight.T
+        if trained is not None and ids is not None:
+            rows_LD = trained.trainable_tokens_delta[trained.active_adapters[0]]
+            found[..., ids] = hidden_BTD @ rows_LD.to(hidden_BTD.dtype).T
     model.train(trains)
     if (found - expected).float().norm() > TOLERANCE[head.weight.dtype] * expected.float().norm():
         return "an output head that does more than multiply"

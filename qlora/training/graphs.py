@@ -105,11 +105,17 @@ class Graphs:
 
     def _record(self, inputs: dict[str, Any]) -> _Recorded | None:
         graph = torch.cuda.CUDAGraph()
+        # Recordings have memory of their own, and while one is made the allocator gives none back.
+        torch.cuda.empty_cache()
         try:
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            with (
+                self._flat.set_aside(),
+                torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"),
+            ):
                 loss = self._run(inputs)
-                gradients = torch.autograd.grad(loss, self._flat.parameters)
-                torch._foreach_copy_(self._flat.parts(self._gradient), list(gradients))
+                loss.backward()  # not `grad`, which does not see gradients of layers that are computed again
+                for part, each in zip(self._flat.parts(self._gradient), self._flat.parameters, strict=True):
+                    part.zero_() if each.grad is None else part.copy_(each.grad)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.utils import TrainableTokensWrapper
 from torch import nn
 
 try:
@@ -35,12 +36,18 @@ class HostEmbedding(nn.Module):
 
 def keep_embeddings_on_host(model: Any) -> bool:
     """Move the token embeddings of a causal language model on a GPU to host memory, where nothing else uses them."""
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    read, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embeddings, head = (
+        each.original_module if isinstance(each, TrainableTokensWrapper) else each for each in (read, head)
+    )
     if type(embeddings) is not nn.Embedding or embeddings.weight.requires_grad or not embeddings.weight.is_cuda:
         return False
     if triton is None or embeddings.max_norm is not None or (head is not None and head.weight is embeddings.weight):
         return False
-    model.set_input_embeddings(HostEmbedding(embeddings.weight))
+    if read is embeddings:
+        model.set_input_embeddings(HostEmbedding(embeddings.weight))
+    else:  # rows that learn stay on the device
+        read.token_adapter.base_layer = HostEmbedding(embeddings.weight)
     return True
 
 

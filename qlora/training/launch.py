@@ -3,7 +3,7 @@
 accelerate's plugins are refused. FSDP2 leaves 4-bit weights out unless they are stored as 16-bit numbers, and does not
 load those in parts (fsdp2_prepare_model in accelerate.utils.fsdp_utils, 1.15). DeepSpeed is ignored on CPUs, where
 accelerate trains with DDP and says nothing (AcceleratorState, 1.15); ZeRO-3 does not load quantized models in parts
-(get_init_context in transformers.modeling_utils, 5.23).
+(transformers.modeling_utils, 5.23, lets it begin with the parts of other models alone).
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from qlora.errors import UserError
 from qlora.models.resources import Machine, Pass
 from qlora.models.shapes import AdapterShapes, ModelShapes
-from qlora.models.training_memory import Plan, Trained, plan
+from qlora.models.training_memory import Plan, Probe, Trained, plan
 from qlora.recipe import Recipe
 from qlora.training.schedule import Schedule, plan_schedule
 
@@ -44,8 +44,8 @@ class TrainingPlan:
     """Of all processes' devices; None where it is not known."""
     parts: dict[str, int]
     """Bytes by formula of what is live at the peak, without the process and slack."""
-    launch_bound: bool
-    """Whether a GPU would wait for kernels to be launched."""
+    recorded: bool
+    """Whether passes are to be recorded as CUDA graphs."""
     shards: int = 1
     """Processes that share the 4-bit base."""
 
@@ -93,13 +93,14 @@ def plan_training(
     free: int,
     *,
     padded: bool,
-    measured: float | None = None,
+    measured: Probe | None = None,
+    records: bool = False,
     before: Division | None = None,
 ) -> TrainingPlan:
     """The fastest division of the recipe's steps in `free` bytes of a device, or the share of them it may take.
 
-    padded: rows cannot be packed end to end. measured: bytes that a layer was found to keep per token. before: what an
-    interrupted run had, which one that goes on keeps: other forwards would round otherwise.
+    padded: rows cannot be packed end to end. measured: what a layer was found to take. records: passes can be recorded.
+    before: what an interrupted run had, which one that goes on keeps: other forwards would round otherwise.
     """
     train = recipe.train
     rows = rows_per_step(recipe, row_tokens, processes)
@@ -124,7 +125,7 @@ def plan_training(
     found = {schedule.forwards: (schedule, schedule.longest(epochs)) for schedule in schedules}
     total = sum(row_tokens)
     sequence, shards = sum(length**2 for length in row_tokens) / total, processes if train.shard else 1
-    trained = Trained(recipe, shapes, adapter, machine, sequence, measured, shards)
+    trained = Trained(recipe, shapes, adapter, machine, sequence, measured, records, shards)
     if before is not None and shards > 1:
         before = replace(before, dense=0)
     divisions = [(forwards, longest) for forwards, (_, longest) in found.items()]
@@ -148,7 +149,7 @@ def plan_training(
         flops,
         peak,
         trained.parts(largest),
-        trained.launch_bound(largest),
+        trained.recorded(largest),
         shards,
     )
 

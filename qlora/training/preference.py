@@ -25,12 +25,13 @@ from qlora.artifacts import read_json
 from qlora.data.rendering import RenderedRow
 from qlora.data.store import Rows
 from qlora.measure import free_for_training
-from qlora.models.adapter_beginning import begin
+from qlora.models.adapter_beginning import begin, take_parts
 from qlora.models.base import Base
 from qlora.models.held import training_shapes
 from qlora.models.loading import DTYPES, attach_adapter, load_for_training
 from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, skeleton
+from qlora.models.tokens import trained_tokens
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.columns import IDS, on_disk
@@ -62,7 +63,9 @@ def build_trainer(
     train = recipe.train
     config: Any = training_arguments(recipe, device, checkpoints, has_eval=eval_rows is not None)
     sharding = shared_base(recipe, config)
-    model = attach_adapter(load_for_training(base, recipe.model, device, sharding), recipe.lora)
+    tokens = trained_tokens(recipe.lora, base.directory, recipe.model.trust_remote_code)
+    loaded = load_for_training(base, recipe.model, device, tokens=tokens, sharding=sharding)
+    model = attach_adapter(loaded, recipe.lora, tokens)
     plan = _plan(recipe, base, rows, model, config, device, checkpoints)
     largest = plan.memory.largest
     together = plan.schedule.rows_per_step // config.world_size // plan.memory.forwards
@@ -72,7 +75,7 @@ def build_trainer(
     config.gradient_checkpointing_kwargs = {"use_reentrant": False}
     config.dataloader_drop_last = False
     log.info("training: %s", plan.text)
-    begin(model, recipe.lora, base.directory)
+    begin(model, recipe.lora, base.directory, take_parts(model, recipe.lora, base.directory, checkpoints))
     started = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
     if train.method == "kto":  # TRL goes through them in order, and pairs each with its neighbour
         order = array("q", range(len(rows)))

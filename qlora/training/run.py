@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from qlora.artifacts import read_json, write_json
+from qlora.artifacts import file_digest, read_json, write_json
 from qlora.data.store import Rows
 from qlora.errors import UserError
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES
+from qlora.models.principal import FILE as BEGINNING
 from qlora.models.provenance import Provenance, QuantizationSettings, write_provenance
 from qlora.models.sharding import sharding_of
 from qlora.models.starting_adapter import require_base
@@ -53,7 +54,8 @@ def train_adapter(
     trainer = build(recipe, base, tokenizer, rows, eval_rows, device=device, checkpoints=checkpoints)
     if output is not None:
         # Before the first step, so that a device that computes 4-bit layers wrongly is refused before it costs time.
-        provenance = write_base(trainer.accelerator.unwrap_model(trainer.model), recipe, base, output)
+        beginning = checkpoints / BEGINNING if recipe.lora.init == "pissa" else None
+        provenance = write_base(trainer.accelerator.unwrap_model(trainer.model), recipe, base, output, beginning)
         if recipe.lora.start_from is not None:
             require_base(provenance, recipe.lora)
         write_json(checkpoints / PLAN, asdict(trainer.plan.division))
@@ -105,20 +107,28 @@ def _write_adapter(trainer: Any, tokenizer: Any, base: Base, output: Path) -> No
     if preference.REFERENCE in model.peft_config:
         model.delete_adapter(preference.REFERENCE)
     model.peft_config["default"].base_model_name_or_path = base.id
+    if (output / BEGINNING).is_file():  # or PEFT would add the adapter to weights that it is a part of
+        model.peft_config["default"].init_lora_weights = "pissa"
     model.save_pretrained(output, save_embedding_layers=False)
     require_whole_adapter(model, output)
     (output / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     tokenizer.save_pretrained(output)
 
 
-def write_base(model: Any, recipe: Recipe, base: Base, output: Path) -> Provenance:
-    """base.json of a model that is loaded for training, in the adapter's directory."""
+def write_base(model: Any, recipe: Recipe, base: Base, output: Path, beginning: Path | None = None) -> Provenance:
+    """base.json of a model that is loaded for training, in the adapter's directory.
+
+    beginning: the file of what its weights were taken from, which goes there too.
+    """
+    if beginning is not None:
+        shutil.copyfile(beginning, output / BEGINNING)
     return write_provenance(
         model,
         output / "base.json",
         base_id=base.id,
         revision=base.revision,
         settings=QuantizationSettings.of(recipe.model, DTYPES[recipe.model.dtype]),
+        beginning=file_digest(beginning) if beginning is not None else None,
     )
 
 

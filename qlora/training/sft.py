@@ -7,25 +7,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
+from peft.utils import TrainableTokensWrapper
 from transformers import PrinterCallback
 from trl import SFTConfig
 
 from qlora.artifacts import read_json
 from qlora.data.store import Rows
 from qlora.measure import free_for_training
-from qlora.models.adapter_beginning import begin
+from qlora.models.adapter_beginning import begin, take_parts
 from qlora.models.base import Base
 from qlora.models.held import training_shapes
 from qlora.models.loading import DTYPES, attach_adapter, load_for_training
 from qlora.models.resources import machine_of
 from qlora.models.shapes import AdapterShapes, skeleton
+from qlora.models.tokens import trained_tokens
 from qlora.recipe import Recipe
 from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.columns import IDS, on_disk
@@ -36,7 +38,7 @@ from qlora.training.launch import shared_base
 from qlora.training.neftune import add_noise
 from qlora.training.packed import allow_packed
 from qlora.training.plan import Division, TrainingPlan, plan_training
-from qlora.training.probe import kept_bytes_per_token
+from qlora.training.probe import probe
 from qlora.training.recompute import recompute_first
 from qlora.training.trainer import Trainer
 
@@ -56,7 +58,10 @@ def build_trainer(
     """The 4-bit base with a fresh adapter, and the rows, in a trainer."""
     config: Any = training_arguments(recipe, device, checkpoints, has_eval=eval_rows is not None)
     sharding = shared_base(recipe, config)
-    model = attach_adapter(load_for_training(base, recipe.model, device, sharding), recipe.lora)
+    tokens = trained_tokens(recipe.lora, base.directory, recipe.model.trust_remote_code)
+    loaded = load_for_training(base, recipe.model, device, tokens=tokens, sharding=sharding)
+    model = attach_adapter(loaded, recipe.lora, tokens)
+    parts = take_parts(model, recipe.lora, base.directory, checkpoints)
     fast = recipe.train.kernels == "auto"
     cannot_pack = allow_packed(model.get_base_model()) if fast else "train.kernels: plain"
     plain_head = fuse_head(model) if fast else "train.kernels: plain"
@@ -64,7 +69,11 @@ def build_trainer(
     row_tokens = rows.lengths
     kept = checkpoints / PLAN
     before = Division(**read_json(kept)) if kept.is_file() else None
-    plan = _plan(recipe, base, row_tokens, model, config, device, padded=cannot_pack is not None, before=before)
+    records = (
+        fused is not None and cannot_pack is None and plain_head is None and _can_be_recorded(model, fused, config)
+    )
+    padded = cannot_pack is not None
+    plan = _plan(recipe, base, row_tokens, model, config, device, padded=padded, records=records, before=before)
     largest = plan.memory.largest
     recompute_first(model.get_base_model(), largest.recomputed, offload=largest.offloaded)
     if fused is not None and largest.dense:
@@ -81,7 +90,7 @@ def build_trainer(
         log.info("%d adapter layers train on the plain path: %s", layers, reason)
     config.gradient_accumulation_steps = plan.schedule.forwards
     room = None
-    if cannot_pack is None and plain_head is None and config.world_size == 1 and _can_be_recorded(model, fused, plan):
+    if plan.recorded:
         room = Room.of(plan.schedule)
         plan = replace(plan, schedule=replace(plan.schedule, multiple=room.tokens))
         log.info("kernels are launched as CUDA graphs, rows filled up to multiples of %d tokens", room.tokens)
@@ -102,7 +111,7 @@ def build_trainer(
     # TRL casts trainable parameters of a 4-bit model to bf16; small late updates would round away.
     for parameter in trainable(trainer):
         parameter.data = parameter.data.to(DTYPES[recipe.lora.dtype])
-    begin(model, recipe.lora, base.directory)
+    begin(model, recipe.lora, base.directory, parts)
     if sharding is not None:
         sharding.leave_out_of_ddp(model)
     return trainer
@@ -117,17 +126,18 @@ def _plan(
     device: str,
     *,
     padded: bool,
+    records: bool,
     before: Division | None,
 ) -> TrainingPlan:
     """The same on every process: in the memory of the one that has least, with what layers were found to keep."""
     bare = skeleton(model.config, trust_remote_code=recipe.model.trust_remote_code)
     shapes = training_shapes(bare, recipe.model, base.packed or base.directory)
     recompute_first(model.get_base_model(), 0)
-    measured = kept_bytes_per_token(model, shapes.layers, packed=not padded)
+    measured = probe(model, shapes.layers, packed=not padded)
     free = free_for_training(device)
     if config.world_size > 1:
         found = gather_object([(free, measured)])
-        free, measured = min(each[0] for each in found), max(each[1] for each in found)
+        free, measured = min(each[0] for each in found), max((each[1] for each in found), key=astuple)
     return plan_training(
         recipe,
         row_tokens,
@@ -138,17 +148,16 @@ def _plan(
         free,
         padded=padded,
         measured=measured,
+        records=records,
         before=before,
     )
 
 
-def _can_be_recorded(model: Any, fused: Fused | None, plan: TrainingPlan) -> bool:
-    """Whether passes are worth a CUDA graph, and nothing in them is known that a graph cannot hold."""
-    if fused is None or fused.plain or plan.memory.largest.offloaded:
-        return False
-    return plan.launch_bound and not any(
-        isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()
-    )
+def _can_be_recorded(model: Any, fused: Fused, config: SFTConfig) -> bool:
+    """Whether nothing in passes is known that a CUDA graph cannot hold."""
+    drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
+    rows = any(isinstance(module, TrainableTokensWrapper) for module in model.modules())  # no GPU has shown it yet
+    return config.world_size == 1 and not fused.plain and not drops and not rows
 
 
 def _dataset(rows: Rows) -> Dataset:

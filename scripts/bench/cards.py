@@ -85,7 +85,7 @@ def recipe_of(gib: float) -> Recipe:
 
 def planned(shapes: Any, adapter: Any, length: int, gib: float) -> TrainingPlan:
     machine = assumed_machine("cuda:0", "NVIDIA H100 80GB HBM3", 16)
-    return plan_training(recipe_of(gib), [length] * STEPS, 1, shapes, adapter, machine, 0, padded=False)
+    return plan_training(recipe_of(gib), [length] * STEPS, 1, shapes, adapter, machine, 0, padded=False, records=True)
 
 
 def fits(plan: TrainingPlan) -> bool:

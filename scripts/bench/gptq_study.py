@@ -63,7 +63,7 @@ class Seed:
             return load_base(base, self.run.recipe.model, self.device, quantized=quantized)
 
         loaders: dict[str, Callable[[], Any]] = {
-            "trained": lambda: load_trained(load(quantized=True), adapter),
+            "trained": lambda: load_trained(load(quantized=True), adapter, base),
             "base": lambda: load(quantized=False).eval(),
             "nf4": lambda: load(quantized=True).eval(),
             "merged": lambda: load_plain(self.run.dirs.merged, device=self.device),

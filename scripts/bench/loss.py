@@ -76,7 +76,7 @@ def trained(arguments: argparse.Namespace, seed: int, number: int) -> Run:
 
 def loader(run: Run) -> Any:
     base = run.base.directory
-    return lambda: load_trained(load_base(base, run.recipe.model, run.device, quantized=True), run.dirs.adapter)
+    return lambda: load_trained(load_base(base, run.recipe.model, run.device, quantized=True), run.dirs.adapter, base)
 
 
 def line(setting: str, rows: list[dict[str, Any]]) -> str:

@@ -43,7 +43,7 @@ SETTINGS: list[tuple[str, int, int, str, int, float | None]] = [
 def main() -> None:
     arguments = parse()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    sft.kept_bytes_per_token = lambda *_, **__: None
+    sft.probe = lambda *_, **__: None
     rows = []
     print(HEAD, flush=True)
     for number, setting in enumerate(SETTINGS):

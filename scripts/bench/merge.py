@@ -65,14 +65,18 @@ def main() -> None:
         with measured() as costs[f"peft {kind}"]:
             model = base(quantized=True)
             model = model.dequantize() if kind == "dequantized" else model
-            merged = load_trained(model, adapter).merge_and_unload()
+            merged = load_trained(model, adapter, run.base.directory).merge_and_unload()
         return merged.to(dtype).eval() if kind == "dequantized" else merged.eval()
 
     measured_base = partial(base, model=recipe.model.model_copy(update=exactly))
+
+    def trained():
+        return load_trained(measured_base(quantized=True), adapter, run.base.directory)
+
     rungs = [
         Rung("base", "base, bf16", lambda: measured_base(quantized=False).eval()),
         Rung("nf4", "base, NF4 + double quantization", lambda: measured_base(quantized=True).eval()),
-        Rung("trained", "trained: NF4 + LoRA", lambda: load_trained(measured_base(quantized=True), adapter)),
+        Rung("trained", "trained: NF4 + LoRA", trained),
         Rung("ours dequantized", "qlora merge (dequantized base)", lambda: ours("dequantized")),
         Rung("ours nearest", "the same, merge.rounding: nearest", lambda: ours("dequantized", "nearest")),
         Rung("peft dequantized", "PEFT merge into model.dequantize()", lambda: peft("dequantized")),

@@ -55,8 +55,8 @@ def train_random(
         write_byte_tokenizer(Path(folder))
         base = Base(recipe.model.base, None, Path(folder))
         checkpoints = Path(folder) / "checkpoints"
-        tokenizer = load_tokenizer(base.directory)
-        trainer = build(recipe, base, tokenizer, Rows.of(rows), None, device=device, checkpoints=checkpoints)
+        tokenizer, kept = load_tokenizer(base.directory), Rows.of(rows)
+        trainer = build(recipe, base, tokenizer, kept, None, device=device, checkpoints=checkpoints)
         times, logs = run_steps(trainer, on_gpu=on_gpu)
     memory = peak_memory(on_gpu=on_gpu)
     return {

@@ -25,16 +25,19 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from gptq_engines import limit_gpu
 from merge import as_chat
 from random_llama import SHAPES, first_layers, write_checkpoint
 
 from qlora.cli import with_allocator
 from qlora.measure import host_peak_gib
+from qlora.reporting.console import is_main_process
 from qlora.training.profile import ProfileStep
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -46,7 +49,9 @@ GIB = 2**30
 def main(options: list[str] | None = None) -> None:
     arguments = parse(options)
     if arguments.job:
-        print("RESULT", json.dumps(one(json.loads(Path(arguments.job).read_text()))))
+        found = one(json.loads(Path(arguments.job).read_text()))
+        if is_main_process():
+            print("RESULT", json.dumps(found))
         return
     arguments.out.mkdir(parents=True, exist_ok=True)
     model = arguments.model or random_model(arguments)
@@ -96,13 +101,17 @@ def rows_of(arguments: argparse.Namespace) -> list[dict[str, list[int]]]:
     return [{"input_ids": list(row.input_ids), "labels": list(row.labels)} for row in found]
 
 
-def run(job: dict[str, Any], place: Path, timeout: float | None) -> dict[str, Any]:
+def run(
+    job: dict[str, Any], place: Path, timeout: float | None, launcher: Sequence[str] = (sys.executable,)
+) -> dict[str, Any]:
     environment = dict(os.environ, HF_HUB_OFFLINE="1", UNSLOTH_DISABLE_STATISTICS="1", TOKENIZERS_PARALLELISM="false")
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
     environment = with_allocator(environment)
+    if job["device"] == "cpu":
+        environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
     job_file = place.with_suffix(".job.json")
     job_file.write_text(json.dumps(job))
-    command = [sys.executable, __file__, "--out", str(place.parent), "--job", str(job_file)]
+    command = [*launcher, __file__, "--out", str(place.parent), "--job", str(job_file)]
     with place.with_suffix(".log").open("w") as log:
         try:
             done = subprocess.run(
@@ -142,11 +151,15 @@ def one(job: dict[str, Any]) -> dict[str, Any]:
     plan = getattr(trainer, "plan", None)
     tokens = sum(len(row["input_ids"]) for row in token_rows(job))
     positions = plan.schedule.work(job["steps"])[-1][1] if plan else padded_positions(job)
+    memory = peak_memory(on_gpu=on_gpu)
+    if trainer.args.world_size > 1:
+        memory["allocated"] = max(gather_object([memory["allocated"]]))
     return {
+        "processes": trainer.args.world_size,
         "tokens_per_second": tokens / job["steps"] / statistics.median(times[min(WARM_UP, len(times) - 1) :]),
         "share": tokens / positions,
         "step_seconds": times,
-        **peak_memory(on_gpu=on_gpu),
+        **memory,
         "expected": sum(plan.parts.values()) / GIB if plan else None,
         "parts": plan.parts if plan else None,
         "plan": plan.text if plan else None,
@@ -222,7 +235,7 @@ def ours(job: dict[str, Any]) -> Any:
     from qlora.data.rendering import RenderedRow
     from qlora.data.store import Rows
     from qlora.models.base import resolve_base
-    from qlora.models.loading import load_tokenizer
+    from qlora.models.loading import load_tokenizer, pick_device
     from qlora.recipe import Recipe
     from qlora.training.sft import build_trainer
 
@@ -256,7 +269,7 @@ def ours(job: dict[str, Any]) -> Any:
         load_tokenizer(Path(job["model"])),
         rows,
         None,
-        device="cpu" if job["device"] == "cpu" else "cuda:0",
+        device=pick_device(job["device"]),
         checkpoints=Path(tempfile.mkdtemp()),
     )
 

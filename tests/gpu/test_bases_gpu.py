@@ -3,7 +3,6 @@
 pytest -m gpu tests/gpu/test_bases_gpu.py
 """
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -29,17 +28,10 @@ FORMATS += [("awq", 4, False)]
 
 
 @pytest.fixture
-def base_of(save_packed):
-    converted = []
-
-    def of(*kind):
-        base = resolve_base(str(save_packed(*kind)))
-        converted.append(base.directory)
-        return base
-
-    yield of
-    for directory in converted:
-        shutil.rmtree(directory, ignore_errors=True)
+def base_of(save_packed, tmp_path, monkeypatch):
+    """A packed checkpoint as a base; what is converted goes to a cache of the test's own."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    return lambda *kind: resolve_base(str(save_packed(*kind)))
 
 
 def settings(base, **changes) -> Model:

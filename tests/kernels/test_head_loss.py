@@ -40,6 +40,29 @@ def test_loss_and_gradient_are_those_of_cross_entropy(
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("tile_bytes", [2**29, 5 * 1001 * 4])
+def test_rows_that_learn_stand_in_for_frozen_ones(monkeypatch, device, dtype, tolerance, tile_bytes) -> None:
+    monkeypatch.setattr(module, "TILE_BYTES", tile_bytes)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, rows = (torch.randn(n, 64, generator=generator).to(device, dtype) for n in (37, 1001, 3))
+    targets, ids = (torch.tensor(each, device=device) for each in ([5, 700, -100, 9] * 9 + [0], [700, 0, 44]))
+    hidden.requires_grad_()
+    rows.requires_grad_()
+    loss = head_loss(hidden, weight, targets, 0.1, (ids, rows))
+    (3 * loss).backward()
+    exact, exact_rows = (each.detach().double().requires_grad_() for each in (hidden, rows))
+    whole = weight.double().index_copy(0, ids, exact_rows)
+    expected = 0.1 * F.cross_entropy(exact @ whole.T, targets, reduction="sum")
+    (3 * expected).backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=0)
+    assert (hidden.grad.double() - exact.grad).norm() < tolerance * exact.grad.norm()
+    assert (rows.grad.double() - exact_rows.grad).norm() < tolerance * exact_rows.grad.norm()
+    with torch.no_grad():
+        torch.testing.assert_close(head_loss(hidden, weight, targets, 0.1, (ids, rows)), loss)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_tokens_without_a_target_are_no_loss_and_have_no_gradient(device) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden, weight = (torch.randn(rows, 64, generator=generator).to(device) for rows in (9, 5000))

@@ -56,7 +56,7 @@ def test_the_merged_sum_is_the_sum_of_the_merges(tiny_recipe, adapters, tmp_path
     assert (directory / "adapter" / "base.json").is_file()
 
 
-def test_peft_reads_the_sum_as_the_merge_does(tiny_recipe, tiny_model, adapters, tmp_path):
+def test_peft_reads_the_sum_as_the_merge_does(tiny_recipe, tiny_model, adapters, tmp_path, supported):
     """The ladder's gate compares the model with the combined adapter, which PEFT loads, and the merged one."""
     one, two = adapters("one"), adapters("two", "seed=3", "lora.target_modules=[v_proj, up_proj]")
     path = tiny_recipe(
@@ -65,6 +65,7 @@ def test_peft_reads_the_sum_as_the_merge_does(tiny_recipe, tiny_model, adapters,
     weights = f"[{{path: {one}, weight: 0.7}}, {{path: {two}, weight: 1.3}}]"
     recipe = load_recipe(path, (f"lora.combine={weights}", "merge.dtype=float32", f"output_dir={tmp_path}"))
     Pipeline(recipe).run()
+    supported(recipe.run_dir)
     report = check(recipe)
     assert report.problems == [] and "train" not in [stage.stage for stage in report.stages]
     assert report.training == "no training: the sum of 2 adapters"

@@ -38,10 +38,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "norms_saved": {"modules_to_save": ["input_layernorm", "norm"]},
     "head_adapted": {"target_modules": ["q_proj", "lm_head"]},
     "embeddings_adapted": {"target_modules": ["q_proj", "embed_tokens"]},
+    "tokens": {"trainable_token_indices": [70, 3]},
+    "tokens_of_both": {"trainable_token_indices": {"embed_tokens": [70, 3], "lm_head": [3, 70]}, "use_dora": True},
 }
 
 
-TIED_VARIANTS = ["plain", "head_saved", "head_and_embeddings_saved", "head_adapted", "embeddings_adapted"]
+TIED_VARIANTS = ["plain", "head_saved", "head_and_embeddings_saved", "head_adapted", "embeddings_adapted", "tokens"]
 
 
 def merge(trained: Any, output: Path, **options: Any) -> MergeReport:

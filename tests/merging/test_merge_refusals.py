@@ -163,6 +163,24 @@ def test_a_resized_vocabulary_is_refused(train: Callable[..., Any], tmp_path: Pa
         merge(trained.base, trained.adapter, tmp_path / "merged")
 
 
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        ({"embed_tokens": [3, 4], "lm_head": [5]}, "of which more is trained than some rows"),
+        ([3, 4], "with gaps behind"),
+    ],
+    ids=["other rows of a tied head", "rows that nobody trained"],
+)
+def test_rows_that_do_not_fit_are_refused(
+    train: Callable[..., Any], tmp_path: Path, edit_json: Callable[..., None], tokens: Any, message: str
+) -> None:
+    trained = train(tied=True, target_modules=["k_proj"], trainable_token_indices=tokens)
+    if tokens == [3, 4]:
+        edit_json(trained.adapter / "adapter_config.json", trainable_token_indices=[3, 90])
+    with pytest.raises(UserError, match=message):
+        merge(trained.base, trained.adapter, tmp_path / "merged")
+
+
 def test_a_lora_bias_without_a_bias_in_the_base_is_refused(train: Callable[..., Any], tmp_path: Path) -> None:
     trained = train(target_modules=["o_proj"], lora_bias=True)
     with pytest.raises(UserError, match=r"o_proj\.bias: the checkpoint has no tensor"):

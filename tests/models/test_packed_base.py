@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from qlora.errors import UserError
+from qlora.models.adapter_sums import round_once
 from qlora.models.base import resolve_base
-from qlora.models.loading import attach_adapter, load_for_training, load_plain, load_trained
+from qlora.models.loading import attach_adapter, load_for_training, load_plain
 from qlora.models.packed_base import packed_notes, with_packed
 from qlora.models.packed_checkpoint import write_dequantized
 from qlora.models.packed_module import PackedLinear
@@ -28,18 +31,15 @@ def settings(directory, compute_dtype="float32"):
 
 
 @pytest.fixture
-def load(save_packed):
-    """(base, model) of a packed checkpoint, loaded for training; conversions of the cache are removed."""
-    converted = []
+def load(save_packed, tmp_path, monkeypatch):
+    """(base, model) of a packed checkpoint, loaded for training; conversions go to a cache of the test's own."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
 
     def of(*kind, compute_dtype="float32"):
         base = resolve_base(str(save_packed(*kind)))
-        converted.append(base.directory)
         return base, load_for_training(base, settings(base.packed, compute_dtype), "cpu")
 
-    yield of
-    for directory in converted:
-        shutil.rmtree(directory, ignore_errors=True)
+    return of
 
 
 @pytest.mark.parametrize("kind", FORMATS + ACT_ORDER, ids=str)
@@ -112,7 +112,7 @@ def test_outside_of_training_an_adapter_is_added_before_rounding(load, tmp_path)
     adapted.save_pretrained(tmp_path)
     expected = adapted.eval()(torch.arange(9)[None]).logits
     _, again = load("gptq", 4, False)
-    trained = load_trained(again, tmp_path)
+    trained = round_once(PeftModel.from_pretrained(again, tmp_path).eval())
     forwards = [module.forward for name, module in trained.named_modules() if name.endswith("q_proj")]
     assert all("adapter_sums" in forward.__module__ for forward in forwards)
     torch.testing.assert_close(trained(torch.arange(9)[None]).logits, expected)
@@ -230,3 +230,12 @@ def test_packed_biases_and_transposed_weights_of_gpt2(tmp_path):
     packed, plain = load_copy(tmp_path / "gptq"), load_plain(tmp_path / "plain", torch.float32)
     assert sum(isinstance(module, PackedLinear) for module in packed.modules()) == 4
     torch.testing.assert_close(packed(torch.arange(20)[None]).logits, plain(torch.arange(20)[None]).logits)
+
+
+def test_those_who_come_together_convert_once(save_packed, tmp_path, monkeypatch, capsys):
+    """As the processes of a launch do; the lock is of an open file, so threads stand for them."""
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path))
+    with ThreadPoolExecutor(2) as pool:
+        found = [pool.submit(resolve_base, str(save_packed("gptq", 4, False))) for _ in range(2)]
+    assert found[0].result() == found[1].result()
+    assert capsys.readouterr().out.count("converting") == 1

@@ -110,7 +110,7 @@ def quantized(source, output, rows, method, **settings):
 
 
 @needs_gptqmodel
-def test_gptq_by_gptqmodel_is_a_checkpoint_like_ours(source, tmp_path, token_rows):
+def test_gptq_by_gptqmodel_is_a_checkpoint_like_ours(source, tmp_path, token_rows, supported):
     output = tmp_path / "gptq"
     report, config = quantized(
         source, output, token_rows, "gptq", group_size=32, modules={r"layers\.0\.mlp": {"bits": 8}}, skip=["o_proj$"]
@@ -144,10 +144,11 @@ def test_gptq_by_gptqmodel_is_a_checkpoint_like_ours(source, tmp_path, token_row
     kinds, theirs = in_process(LOGITS, "gptqmodel", str(output), json.dumps(ids))
     assert len(kinds) == 12
     assert_measured(output, source, ids, theirs)
+    supported({"features": ["GPTQ by gptqmodel", "into the dequantized base"], "refused": None})
 
 
 @needs_gptqmodel
-def test_awq_by_gptqmodel_is_measured_as_it_is_served(source, tmp_path, token_rows):
+def test_awq_by_gptqmodel_is_measured_as_it_is_served(source, tmp_path, token_rows, supported):
     output = tmp_path / "awq"
     report, config = quantized(source, output, token_rows, "awq", group_size=32, sym=False)
     assert (config["quant_method"], config["zero_point"], config["version"]) == ("awq", True, "gemm")
@@ -157,6 +158,7 @@ def test_awq_by_gptqmodel_is_measured_as_it_is_served(source, tmp_path, token_ro
         kinds, theirs = in_process(LOGITS, reader, str(output), json.dumps(token_rows[0]))
         assert len(kinds) == 14
         assert_measured(output, source, token_rows[0], theirs)
+    supported({"features": ["AWQ by gptqmodel", "into the dequantized base"], "refused": None})
 
 
 def assert_measured(output, source, ids, theirs):

@@ -34,6 +34,7 @@ def test_families_and_purposes() -> None:
     names = {path.stem for path in RECIPES}
     assert {"llama-3.1-8b", "qwen3-8b", "mistral-7b", "gemma-3-1b", "phi-4-mini", "smollm3-3b", "qwen3-30b-a3b"} < names
     assert {f"llama-3.1-8b-{purpose}" for purpose in ("completion", "pretrain", "dpo", "kto", "2gpu")} < names
+    assert {"qwen3-8b-16gb", "llama-3.3-70b"} < names
 
 
 @every
@@ -41,7 +42,7 @@ def test_recipe_loads_and_its_header_says_how_to_run_it(path: Path) -> None:
     assert load_recipe(path).name == path.stem
     assert len(path.read_text(encoding="utf-8").splitlines()) < 40
     commands = [line[1:].strip().split("  ")[0].split() for line in header(path) if line.startswith("#   qlora ")]
-    assert [words[1] for words in commands][-1] in ("run", "evaluate")
+    assert commands[-1][1] == "run"
     for _, *words in commands:
         parse(words)
         assert any(word.removesuffix(".yaml") == path.stem for word in words)
@@ -86,13 +87,14 @@ def test_headers_and_table_have_the_measured_figures_and_those_of_the_formulas()
 
 
 @pytest.mark.parametrize("path", FOR_A_GPU, ids=lambda path: path.stem)
-def test_every_stage_fits_the_card_by_formula_or_the_header_says_so(path: Path) -> None:
+def test_every_stage_fits_the_card_by_formula(path: Path) -> None:
+    """With models in 16 bits that are measured, and larger, in host memory: the header says so."""
     card = table.card_of(path)
     assert card is not None, "its title says for which GPU it is"
-    memory = table.figures(path).memory
-    too_large = {stage for stage, size in memory.items() if size > table.usable(card)}
-    said = {"evaluate"} if any("does not fit" in line for line in header(path)) else set()
-    assert too_large == said
+    found = table.figures(path)
+    for stage, size in found.memory.items():
+        assert size - found.movable[stage] <= table.usable(card), stage
+    assert any("host memory" in line for line in header(path)) == (table.waiting(card, found) > 0)
 
 
 def test_adapters_are_counted_as_peft_makes_them() -> None:

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 from qlora.errors import UserError
 from qlora.models.resources import Pass, assumed_machine
 from qlora.models.shapes import AdapterShapes, model_shapes, skeleton
-from qlora.models.training_memory import Trained
+from qlora.models.training_memory import DOUBLE_QUANT_BYTES, Probe, Trained
 from qlora.recipe import Recipe
 from qlora.training.plan import plan_training
 
@@ -99,6 +99,30 @@ def test_processes_divide_the_rows_of_a_step(llama_8b) -> None:
         planned(llama_8b, LONG_ROWS, 80, processes=4, batch_size=3)
 
 
+def test_a_shared_base_takes_its_part_and_two_layers(llama_8b) -> None:
+    def parts(**train) -> dict[str, int]:
+        return planned(llama_8b, LONG_ROWS, 80, processes=4, batch_size=16, **train).parts
+
+    whole, shared = parts(), parts(shard=True)
+    packed = DOUBLE_QUANT_BYTES * llama_8b.quantized
+    assert whole["base"] - shared["base"] == pytest.approx(3 / 4 * packed, abs=4)
+    assert shared["two layers that are gathered"] == pytest.approx(packed / 16, abs=4)
+    assert whole["two layers that are gathered"] == shared["weights in 16 bits too"] == 0
+    assert whole["weights in 16 bits too"] > 0
+    assert "the base shared by 4 processes" in planned(llama_8b, LONG_ROWS, 80, processes=4, shard=True).text
+
+
+def test_70b_in_4_bits_trains_on_two_cards_of_24_gb_that_share_it() -> None:
+    config = LlamaConfig(
+        hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+        num_key_value_heads=8, vocab_size=32000, tie_word_embeddings=False,
+    )  # fmt: skip
+    shapes = model_shapes(skeleton(config))
+    options = {"processes": 2, "memory": 22.5}
+    alone, shared = (planned(shapes, [1024] * 64, 24, shard=shard, **options) for shard in (False, True))
+    assert alone.memory.peak > 35 * GIB and shared.memory.peak <= shared.budget
+
+
 def test_what_is_computed_again_saves_memory_until_a_single_layer_is_left(llama_8b) -> None:
     recipe = Recipe.model_validate({"name": "t", "model": {"base": "a/b"}, "data": {"train": [{"path": "x"}]}})
     trained = Trained(recipe, llama_8b, AdapterShapes(41_943_040), H100, 4096)
@@ -129,3 +153,23 @@ def test_a_run_that_goes_on_keeps_its_division(llama_8b) -> None:
     again = plan_training(*asked, 80 * GIB, padded=False, before=first.division)
     assert again.division == first.division != plan_training(*asked, 80 * GIB, padded=False).division
     assert again.memory.largest == first.memory.largest and again.schedule == first.schedule
+
+
+def test_passes_that_can_be_recorded_are_short_and_take_their_memory_twice(llama_8b) -> None:
+    """A host that launches slowly is no bound where passes are recorded, and one where they are not."""
+    recipe = Recipe.model_validate({"name": "t", "model": {"base": "a/b"}, "data": {"train": [{"path": "x"}]}})
+    slow = Probe(kept_bytes=95_000, launch_seconds=0.01)
+    alone, recorded = (
+        Trained(recipe, llama_8b, AdapterShapes(41_943_040), H100, 400, slow, records) for records in (False, True)
+    )
+    short, long = Pass(1024, 0), Pass(16384, 0)
+    assert recorded.recorded(short) and not recorded.recorded(long) and not alone.recorded(short)
+    assert not recorded.recorded(replace(short, offloaded=True, recomputed=32))
+    assert alone.seconds(short) == pytest.approx(0.32)
+    assert recorded.seconds(short) < 0.1
+    assert alone.seconds(long) == recorded.seconds(long)
+    parts = recorded.parts(short)
+    twice = sum(parts[name] for name in ("inputs of recomputed layers", "saved activations", "output head or backward"))
+    gradients = parts["gradients"] - alone.parts(short)["gradients"]
+    assert parts["gradients"] == 4 * 41_943_040
+    assert recorded.peak(short) - alone.peak(short) == pytest.approx(1.05 * (twice + gradients), abs=2)

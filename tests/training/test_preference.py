@@ -165,7 +165,7 @@ def test_settings_that_another_method_would_not_follow_are_refused(trainer_of):
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
-def test_the_whole_run(preference_recipe, method):
+def test_the_whole_run(preference_recipe, method, supported):
     """Trained, merged, quantized and measured: better answers have become likelier, in every model after training."""
     path = preference_recipe(method, train={"max_steps": 30})
     report = check(load_recipe(path))
@@ -177,3 +177,4 @@ def test_the_whole_run(preference_recipe, method):
     for name in ("trained", "merged", "gptq"):
         assert rungs[name]["preferred"] > 0.9 and rungs[name]["margin"] > 1
     assert rungs["merged"]["margin"] == pytest.approx(rungs["trained"]["margin"], rel=0.05)
+    supported(recipe.run_dir)

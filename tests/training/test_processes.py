@@ -13,23 +13,34 @@ import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora.artifacts import read_json, write_json
 from qlora.errors import QloraError, UserError
 from qlora.models.loading import attach_adapter
+from qlora.models.sharding import Sharding
 from qlora.pipeline import Pipeline
 from qlora.recipe import Lora, Recipe
 from qlora.recipe_file import load_recipe
+from qlora.stages import Run
+from qlora.training import sft
 from qlora.training.arguments import PLAN
 from qlora.training.launch import require_plain_launch, require_processes
 from qlora.training.plan import Division
+from qlora.training.recompute import recompute_first
 from qlora.training.saved import WEIGHTS, require_whole_adapter
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGURATIONS = sorted((REPOSITORY / "recipes" / "accelerate").glob("*.yaml"))
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")],
+    ),
+]
 STEPS = 4
-LAYERS = 5
+LAYERS = 5  # of deep_model
 
 
 def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, tmp_path):
@@ -60,16 +71,15 @@ def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, tmp_pa
     assert metrics["resumed_from"] == "checkpoint-2"
 
 
-@pytest.fixture
-def deep_model(tiny_model, tmp_path) -> Path:
-    """The tiny model with more layers than there are buffers to gather them in."""
-    directory = tmp_path / "deep-model"
-    shutil.copytree(tiny_model, directory)
-    torch.manual_seed(0)
-    config = AutoConfig.from_pretrained(directory)
-    config.num_hidden_layers = LAYERS
-    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory)
-    return directory
+def test_what_pissa_takes_from_the_weights_is_the_same_on_all_processes(tiny_recipe, tmp_path):
+    path = tiny_recipe(
+        model={"compute_dtype": "float32"},
+        lora={"init": "pissa", "train_tokens": ["<|im_start|>"]},
+        train={"max_steps": STEPS, "micro_batch_tokens": 64, "learning_rate": 1e-3},
+    )
+    Pipeline(load_recipe(path, (f"output_dir={tmp_path / 'alone'}",))).run_stage("train")
+    launch([sys.executable, "-m", "qlora", "train", str(path), "train.processes=2"], tmp_path / "two")
+    same_training(tmp_path / "alone", tmp_path / "two", processes=2)
 
 
 def launch(command: list[str], output_dir: Path, environment: dict[str, str] | None = None) -> None:
@@ -119,6 +129,62 @@ def two_machines(directory: Path) -> dict[str, str]:
     return job | {"PATH": path, "PORT": str(port)}
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_layers_that_take_turns_in_two_buffers_have_the_gradients_of_a_whole_base(
+    deep_model, tiny_recipe, tmp_path, monkeypatch, device
+):
+    """One process that shares with nobody gathers as several do; whatever part of the layers is computed again."""
+    path = tiny_recipe(
+        device=device,
+        model={"base": str(deep_model), "compute_dtype": "float32"},
+        train={"batch_size": 8, "micro_batch_tokens": 60},
+    )
+    run = Run(load_recipe(path))
+
+    def sharing(recipe: Recipe, arguments: object) -> Sharding:
+        store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+        torch.distributed.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=0, world_size=1)
+        return Sharding(0, 1)
+
+    found = []
+    try:
+        for shared_base in (lambda *_: None, sharing):
+            monkeypatch.setattr(sft, "shared_base", shared_base)
+            trainer = sft.build_trainer(
+                run.recipe, run.base, run.tokenizer, run.train_rows.rows, [],
+                device="cuda:0" if device == "cuda" else "cpu", checkpoints=tmp_path / "checkpoints",
+            )  # fmt: skip
+            found.append([gradients(trainer, recomputed) for recomputed in (0, 2, LAYERS)])
+    finally:
+        torch.distributed.destroy_process_group()
+    for whole, shared in zip(*found, strict=True):
+        for name, gradient in whole.items():
+            atol = 1e-4 * float(gradient.abs().max())
+            torch.testing.assert_close(shared[name], gradient, rtol=1e-4, atol=atol)
+
+
+def gradients(trainer, recomputed: int) -> dict[str, torch.Tensor]:
+    """Of an epoch, of an adapter with random numbers, after an evaluation."""
+    recompute_first(trainer.model.get_base_model(), recomputed)
+    torch.manual_seed(1)
+    learning = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    for parameter in learning.values():
+        parameter.data.normal_(std=0.05)
+    trainer.model.zero_grad()
+    count = torch.tensor(100)
+    batches = [
+        {key: value for key, value in batch.items() if key != "rows"} for batch in trainer.get_train_dataloader()
+    ]
+    assert len(batches) > 1
+    with torch.no_grad():
+        trainer.model.eval()
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(dict(batches[0])), num_items_in_batch=count)
+    trainer.model.train()
+    for batch in batches:
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), num_items_in_batch=count).backward()
+    return {name: parameter.grad.clone() for name, parameter in learning.items()}
+
+
 def recipe_of(**train) -> Recipe:
     return Recipe.model_validate(
         {"name": "t", "model": {"base": "a/b"}, "data": {"train": [{"path": "x"}]}, "train": train}
@@ -129,6 +195,7 @@ def accelerate_environment(*options: str) -> dict[str, str]:
     """What `accelerate launch` with these options gives its processes."""
     arguments = _validate_launch_command(launch_command_parser().parse_args([*options, "scripts/train.py"]))[0]
     if arguments.use_deepspeed:
+        arguments.deepspeed_fields_from_accelerate_config = ""
         return prepare_deepspeed_cmd_env(arguments)[1]
     return prepare_multi_gpu_env(arguments)
 

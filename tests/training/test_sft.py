@@ -1,5 +1,7 @@
 """Training: gradients survive evaluations, labels are what was rendered, packing changes nothing."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import TrainerCallback
@@ -11,7 +13,7 @@ from qlora.models.loading import load_base
 from qlora.pipeline import Pipeline
 from qlora.recipe_file import load_recipe
 from qlora.stages import Run
-from qlora.training import sft
+from qlora.training import plan, sft
 from qlora.training.plan import rows_per_step
 from qlora.training.sft import build_trainer
 
@@ -164,13 +166,19 @@ def test_when_memory_runs_out_forwards_get_shorter_and_gradients_stay_the_same(t
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
 
 
+def plan_to_be(monkeypatch, *, recorded):
+    """Whatever the plan says of recording."""
+    plan_training = plan.plan_training
+    monkeypatch.setattr(sft, "plan_training", lambda *a, **k: replace(plan_training(*a, **k), recorded=recorded))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("forwards", [1, 2])
 def test_recorded_passes_train_the_same_adapter(trainer_of, monkeypatch, device, forwards):
     """Batches are filled up and, on a GPU, replayed; the CPU runs what would be recorded."""
     found = []
     for recorded in (False, True):
-        monkeypatch.setattr(sft, "_can_be_recorded", lambda *_, recorded=recorded: recorded)
+        plan_to_be(monkeypatch, recorded=recorded)
         tokens = 10**6 if forwards == 1 else 60
         options = ("model.compute_dtype=float32", "train.max_steps=12", "train.log_every=1", "train.batch_size=4")
         torch.manual_seed(0)
@@ -193,7 +201,7 @@ def test_recorded_passes_train_the_same_adapter(trainer_of, monkeypatch, device,
 @pytest.mark.parametrize("recorded", [False, True])
 def test_steps_wait_for_nothing(trainer_of, monkeypatch, recorded):
     """Between two log lines the host is ahead of the GPU: whatever waits for it raises."""
-    monkeypatch.setattr(sft, "_can_be_recorded", lambda *_: recorded)
+    plan_to_be(monkeypatch, recorded=recorded)
     options = ("train.max_steps=12", "train.log_every=100", "train.checkpoint_every=100", "train.batch_size=4")
     trainer, _ = trainer_of(*options, device="cuda")
 
