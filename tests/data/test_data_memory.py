@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-ROWS, WORDS = 6_000, 250
-ROOM = 24 * 2**20  # as Python's integers, the tokens of these rows would take several times as much
+ROWS, WORDS = 3_000, 250
+ROOM = 16 * 2**20  # as Python's integers, the tokens of these rows would take several times as much
 
 PROGRAM = """
 import json, resource, sys
@@ -58,7 +58,7 @@ except (MemoryError, SystemError):  # numpy says it so
 def test_memory_is_bounded_whatever_the_set(tmp_path: Path, chatml_tokenizer) -> None:
     chatml_tokenizer.save_pretrained(tmp_path / "tokenizer")
     files = [tmp_path / "few.jsonl", tmp_path / "many.jsonl"]
-    for file, count in zip(files, (600, ROWS), strict=True):
+    for file, count in zip(files, (512, ROWS), strict=True):
         with file.open("w") as stream:
             for number in range(count):
                 row = {"prompt": f"What is {number}? " + "yes " * WORDS, "completion": f"no, {number} is 9"}
