@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """Folder for converted models; QLORA_CACHE moves it."""
+    """Folder for converted models and rendered rows; QLORA_CACHE moves it."""
     return Path(os.environ.get("QLORA_CACHE") or Path.home() / ".cache" / "qlora")
 
 

@@ -48,6 +48,17 @@ def libraries_are_no_garbage() -> None:
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def rows_of_their_own(tmp_path_factory) -> None:
+    """The cache's models, but none of the rows that earlier runs of the tests left in it."""
+    from qlora.paths import cache_dir
+
+    models, own = cache_dir() / "models", tmp_path_factory.mktemp("cache")
+    if models.is_dir():
+        (own / "models").symlink_to(models.resolve())
+    os.environ["QLORA_CACHE"] = str(own)
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A random Llama (2 layers, hidden size 64, tied head, bf16) with a ChatML tokenizer, as a directory."""
