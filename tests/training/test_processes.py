@@ -42,12 +42,14 @@ DEVICES = [
 ]
 STEPS = 4
 LAYERS = 5  # of deep_model
+PARTS = ["lora.init=pissa", "lora.train_tokens=['<|im_start|>']"]
 
 
 def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, tmp_path):
     """Same rows per step on one process, on two under SLURM, and on two that share the base; in fp32.
 
-    Only one process writes. One process goes on from a checkpoint of two that shared the base.
+    Those under SLURM have what the first of them took from the weights. Only one process writes. One process goes on
+    from a checkpoint of two that shared the base.
     """
     path = tiny_recipe(
         model={"base": str(deep_model), "compute_dtype": "float32"},
@@ -55,8 +57,10 @@ def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, tmp_pa
         evaluate={"batch_size": 1},
     )
     Pipeline(load_recipe(path, (f"output_dir={tmp_path / 'alone'}",))).run_stage("train")
-    launch(["bash", "recipes/accelerate/slurm.sh", str(path)], tmp_path / "machines", two_machines(tmp_path / "bin"))
-    same_training(tmp_path / "alone", tmp_path / "machines", processes=2)
+    Pipeline(load_recipe(path, (*PARTS, f"output_dir={tmp_path / 'parts'}"))).run_stage("train")
+    slurm = ["bash", "recipes/accelerate/slurm.sh", str(path), *PARTS]
+    launch(slurm, tmp_path / "machines", two_machines(tmp_path / "bin"))
+    same_training(tmp_path / "parts", tmp_path / "machines", processes=2)
     kept = tmp_path / "sharing/tiny/checkpoints"
     kept.mkdir(parents=True)
     shutil.copy(tmp_path / "alone/tiny/checkpoints/fingerprint.json", kept)
@@ -70,17 +74,6 @@ def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, tmp_pa
     Pipeline(load_recipe(path, (f"output_dir={tmp_path / 'on'}",))).run_stage("train")
     metrics = same_training(tmp_path / "alone", tmp_path / "on", processes=1, since=2)
     assert metrics["resumed_from"] == "checkpoint-2"
-
-
-def test_what_pissa_takes_from_the_weights_is_the_same_on_all_processes(tiny_recipe, tmp_path):
-    path = tiny_recipe(
-        model={"compute_dtype": "float32"},
-        lora={"init": "pissa", "train_tokens": ["<|im_start|>"]},
-        train={"max_steps": STEPS, "micro_batch_tokens": 64, "learning_rate": 1e-3},
-    )
-    Pipeline(load_recipe(path, (f"output_dir={tmp_path / 'alone'}",))).run_stage("train")
-    launch([sys.executable, "-m", "qlora", "train", str(path), "train.processes=2"], tmp_path / "two")
-    same_training(tmp_path / "alone", tmp_path / "two", processes=2)
 
 
 def test_a_process_that_sees_several_gpus_trains_on_its_own(tiny_recipe, tmp_path):
