@@ -27,9 +27,8 @@ FACTS = {
 
 # Files that take longest, first: the last ones to run then end at about the same time in both workers.
 SLOWEST = (
-    "test_pipeline", "test_support", "test_sweep", "test_external", "test_preference", "test_processes", "test_sft",
-    "test_paths",
-    "test_gptqmodel_interop", "test_cli", "test_tracking",
+    "test_pipeline", "test_processes", "test_sweep", "test_external", "test_support", "test_preference", "test_sft",
+    "test_gptqmodel_interop", "test_paths", "test_cli", "test_tracking",
 )  # fmt: skip
 
 
