@@ -24,9 +24,10 @@ from pathlib import Path
 from qlora.merging import merge_adapter
 torch.set_num_threads(2)
 base, adapter, output = map(Path, sys.argv[1:])
+peak = lambda: next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
+before = peak()
 report = merge_adapter(base, adapter, output, base="dequantized", dtype=torch.bfloat16, max_shard_bytes=5 * 10**8)
-peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(report.total_bytes, int(peak.split()[1]) * 1024)
+print(report.total_bytes, before, peak())
 """
 
 
@@ -77,9 +78,9 @@ def test_peak_memory_is_bounded_whatever_the_model(tmp_path: Path) -> None:
     output.mkdir()
     command = [sys.executable, "-c", MERGE, str(base), str(adapter), str(output)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    written, peak = map(int, result.stdout.split())
+    written, before, peak = map(int, result.stdout.split())
     assert written > 1.2 * 10**9
-    # Interpreter, torch and bitsandbytes take about 0.4 GB of it.
-    assert peak < 0.9 * 10**9
+    # What libraries take by themselves depends on how torch was built: 0.4 GB, or 0.8 with CUDA.
+    assert peak - before < 0.4 * 10**9
     for path in (*base.glob("*.safetensors"), *output.glob("*.safetensors")):
         path.unlink()
