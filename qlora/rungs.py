@@ -69,5 +69,5 @@ def _memory_for_models(run: Run, rows: Sequence[RenderedRow]) -> int | None:
     shapes = model_shapes(skeleton(config, trust_remote_code=model.trust_remote_code))
     longest, answer = max(row.tokens for row in rows), max(row.supervised_tokens for row in rows)
     beside = sum(scoring_parts(run.recipe, shapes, longest, answer).values())
-    most = model_budget(run.recipe, free_for_training(device)) - beside
+    most = max(0, model_budget(run.recipe, free_for_training(device)) - beside)
     return most if BYTES[model.dtype] * shapes.total > most else None
