@@ -184,5 +184,10 @@ class Lineage:
         self.stages[stage] = entry
         write_json(self.path, {"stages": self.stages})
 
+    def forget(self, stage: str) -> None:
+        """Say no more of a stage that is not part of the run now; its files stay."""
+        if self.stages.pop(stage, None) is not None:
+            write_json(self.path, {"stages": self.stages})
+
     def metrics(self, stage: str) -> dict[str, Any]:
         return self.stages.get(stage, {}).get("metrics", {})

@@ -60,6 +60,10 @@ class RunDir:
         return self.root / "evaluation"
 
     @property
+    def report(self) -> Path:
+        return self.root / "report"
+
+    @property
     def logs(self) -> Path:
         return self.root / "logs"
 

@@ -31,6 +31,7 @@ from qlora.artifacts import (
     write_text,
 )
 from qlora.errors import GateFailed, Problem, QloraError, UserError
+from qlora.facts import RunFacts
 from qlora.measure import Measured, measured
 from qlora.paths import RunDir, packaged_recipes
 from qlora.recipe import Recipe
@@ -40,6 +41,7 @@ from qlora.reporting.outcome import ladder_notes, quantize_notes, summary
 from qlora.reporting.tables import ladder_table
 from qlora.reporting.tracking import Tracker
 from qlora.stages import Progress, Run
+from qlora.verdict import verdict
 
 VERSIONED = ("qlora", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -123,6 +125,7 @@ class Pipeline:
                 stages.check_quantization(self.state)
             for stage in STAGES.values():
                 if stage.name == "evaluate" and self.state.splits.evaluation is None:
+                    self.lineage.forget("evaluate")
                     self.out.print("  evaluate   skipped: no rows are held out, so nothing was measured")
                     continue
                 self._ensure(stage)
@@ -259,17 +262,17 @@ class Pipeline:
 
     def _finish(self) -> None:
         """Show the ladder, what fell short, and where the checkpoint is. Raises `GateFailed` if a gate is missed."""
-        if self.state.splits.evaluation is not None:
-            ladder = stages.read_ladder(self.dirs)
+        facts = RunFacts.read(self.dirs.root)
+        if facts.ladder is not None:
             self.out.print()
-            self.out.print(ladder_table(ladder["rungs"], ladder["rows"], ladder["tokens"]))
+            self.out.print(ladder_table(facts.ladder["rungs"], facts.ladder["rows"], facts.ladder["tokens"]))
             for note in ladder_notes(self.recipe):
                 self.out.print(note)
         for note in quantize_notes(self.lineage.metrics("quantize")):
             self.out.print(note, markup=False)
         self.out.print(f"\nGPTQ checkpoint: [bold]{self.dirs.gptq}[/bold]")
-        if self.state.splits.evaluation is not None and (failed := stages.failed_gates(self.recipe, ladder)):
-            raise GateFailed(failed)
+        if reasons := verdict(facts).reasons:
+            raise GateFailed(reasons)
 
     def _is_current(self, stage: Stage) -> bool:
         entry = self.lineage.stages.get(stage.name, {})

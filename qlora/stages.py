@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.artifacts import file_digest, read_json, write_json
-from qlora.errors import Problem, UserError
+from qlora.errors import UserError
 from qlora.paths import RunDir
 from qlora.recipe import Calibration, Quantize, Recipe
 
@@ -318,45 +318,6 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
         output / "ladder.json", {"rows": len(rows), "tokens": tokens, "rungs": [asdict(score) for score in scores]}
     )
     return {f"{score.name}_{key}": value for score in scores for key, value in asdict(score).items() if key != "label"}
-
-
-def failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
-    """The gates of the recipe that the ladder misses."""
-    gates = recipe.evaluate.gates
-    rungs = {rung["name"]: rung for rung in ladder["rungs"]}
-    checks = [
-        ("merge_kl", "KL to the trained model", "merged", "kl", gates.merge_kl, "at most"),
-        ("kl", "KL to the trained model", "gptq", "kl", gates.kl, "at most"),
-        ("top1", "top-1 agreement", "gptq", "top1", gates.top1, "at least"),
-        ("gain_retained", "gain retained", "gptq", "gain_retained", gates.gain_retained, "at least"),
-        ("exact_match", "exact match", "gptq", "exact_match", gates.exact_match, "at least"),
-        ("preferred", "preferred answers", "gptq", "preferred", gates.preferred, "at least"),
-    ]
-    problems = []
-    for key, title, rung, figure, limit, relation in checks:
-        if limit is None or (key == "merge_kl" and not recipe.merges_exactly):
-            continue
-        value = rungs[rung][figure]
-        shown = "not defined" if value is None else f"{value:.4f}"
-        if value is None or (value > limit if relation == "at most" else value < limit):
-            problems.append(
-                Problem(
-                    f"{title} of the {rung} model is {shown}, the gate wants {relation} {limit:g}",
-                    f"evaluate.gates.{key}",
-                    ADVICE[rung],
-                )
-            )
-    return problems
-
-
-ADVICE = {
-    "merged": "the merge is not the trained model: report this with lineage.json",
-    "gptq": "try a smaller group_size, more bits or more calibration samples, or relax the gate",
-}
-
-
-def read_ladder(dirs: RunDir) -> dict[str, Any]:
-    return read_json(dirs.evaluation / "ladder.json")
 
 
 def _release_memory() -> None:

@@ -164,13 +164,13 @@ def _finished(points: Sequence[Point]) -> dict[str, int]:
         dirs = RunDir(point.recipe.run_dir)
         if not dirs.lineage.is_file():
             continue
+        from qlora.facts import RunFacts
         from qlora.pipeline import Pipeline
-        from qlora.stages import failed_gates, read_ladder
+        from qlora.verdict import verdict
 
         try:
             if Pipeline(point.recipe).finished():
-                measured = (dirs.evaluation / "ladder.json").is_file()
-                codes[point.name] = 3 if measured and failed_gates(point.recipe, read_ladder(dirs)) else 0
+                codes[point.name] = 3 if verdict(RunFacts.read(dirs.root)).reasons else 0
         except QloraError:  # the run itself will say so
             continue
     return codes

@@ -110,10 +110,12 @@ def climb(
     scratch: Path,
     progress: Callable[[int, int, str], None],
     compared: Sequence[RenderedRow] = (),
+    observe: Sequence[Callable[[Rung, Any], None]] = (),
 ) -> list[Score]:
     """Score every rung, the trained one first (it is the reference), and return them in the order given.
 
     compared: rows with answers of which one is better; rewards are against the rung that training began from.
+    observe: each is called with every rung and its model, while that is loaded.
     """
     rows = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
     tokens = sum(label != -100 for row in rows for label in row.labels[1:])
@@ -136,6 +138,8 @@ def climb(
                 padded = partial(batches, size=settings.batch_size, pad_token_id=settings.pad_token_id)
                 device = input_device(model)
                 logps[rung.name] = answer_logps(model, answers, partial(padded, device=device))
+            for look in observe:
+                look(rung, model)
             del model
             release_memory()
         progress(len(order), len(order), "")

@@ -1,0 +1,64 @@
+"""Whether a run's checkpoint is to be shipped, from what was measured of it: the one place that decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from qlora.errors import Problem
+from qlora.facts import RunFacts
+from qlora.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`reasons`: why not to ship. Without any, it is to be shipped, if it was measured at all."""
+
+    measured: bool
+    reasons: tuple[Problem, ...] = ()
+
+    @property
+    def ship(self) -> bool:
+        return self.measured and not self.reasons
+
+
+def verdict(facts: RunFacts) -> Verdict:
+    """Of a run as its directory tells of it; not measured if no rows were held out."""
+    if facts.ladder is None:
+        return Verdict(measured=False)
+    return Verdict(measured=True, reasons=tuple(_failed_gates(facts.recipe, facts.ladder)))
+
+
+def _failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
+    """The gates of the recipe that the ladder misses."""
+    gates = recipe.evaluate.gates
+    rungs = {rung["name"]: rung for rung in ladder["rungs"]}
+    checks = [
+        ("merge_kl", "KL to the trained model", "merged", "kl", gates.merge_kl, "at most"),
+        ("kl", "KL to the trained model", "gptq", "kl", gates.kl, "at most"),
+        ("top1", "top-1 agreement", "gptq", "top1", gates.top1, "at least"),
+        ("gain_retained", "gain retained", "gptq", "gain_retained", gates.gain_retained, "at least"),
+        ("exact_match", "exact match", "gptq", "exact_match", gates.exact_match, "at least"),
+        ("preferred", "preferred answers", "gptq", "preferred", gates.preferred, "at least"),
+    ]
+    problems = []
+    for key, title, rung, figure, limit, relation in checks:
+        if limit is None or (key == "merge_kl" and not recipe.merges_exactly):
+            continue
+        value = rungs[rung][figure]
+        shown = "not defined" if value is None else f"{value:.4f}"
+        if value is None or (value > limit if relation == "at most" else value < limit):
+            problems.append(
+                Problem(
+                    f"{title} of the {rung} model is {shown}, the gate wants {relation} {limit:g}",
+                    f"evaluate.gates.{key}",
+                    ADVICE[rung],
+                )
+            )
+    return problems
+
+
+ADVICE = {
+    "merged": "the merge is not the trained model: report this with lineage.json",
+    "gptq": "try a smaller group_size, more bits or more calibration samples, or relax the gate",
+}
