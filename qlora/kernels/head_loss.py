@@ -70,7 +70,7 @@ class _HeadLoss(torch.autograd.Function):
             if rows_grad_LD is not None:
                 of_rows_nL = logits_nV[:, ids_L]
                 rows_grad_LD += of_rows_nL.T @ hidden_ND[some]
-                logits_nV[:, ids_L] = 0
+                logits_nV.index_fill_(1, ids_L, 0)
             if grad_ND is not None:
                 torch.mm(logits_nV, weight_VD, out=grad_ND[some])
             if grad_ND is not None and rows_LD is not None:
