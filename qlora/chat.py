@@ -217,7 +217,8 @@ class Session:
             self._loaded = self.shelf.load(name)
         self.rung = name
         self._stops = stop_tokens(self._loaded.model, self._loaded.tokenizer) | _end_of_turn(self._loaded.tokenizer)
-        self.screen.note(f"{name}: {self._loaded.label}")
+        label = self._loaded.label
+        self.screen.note(label if label.lower().startswith(name) else f"{name}: {label}")
         if not self._loaded.tokenizer.chat_template and not self._said_no_template:
             self._said_no_template = True
             self.screen.note("this model has no chat template: it continues your text instead of answering it")

@@ -127,8 +127,12 @@ def chat(
     from qlora.shelf import open_shelf
 
     keep_transformers_quiet()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # leaves, where Ctrl-C only ends an answer
     shelf = open_shelf(directory, device, base)
-    Session(shelf, Settings(temperature, max_tokens, system), Screen()).run()
+    try:
+        Session(shelf, Settings(temperature, max_tokens, system), Screen()).run()
+    except KeyboardInterrupt:  # before there was a prompt
+        raise click.exceptions.Exit(130) from None
 
 
 @qlora.group()

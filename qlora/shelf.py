@@ -138,7 +138,7 @@ def _first(rungs: Mapping[str, Any], dirs: RunDir, part: str | None) -> str:
     if part is None:
         return list(rungs)[-1]
     name = {dirs.adapter.name: TRAINED, dirs.merged.name: MERGED, dirs.gptq.name: GPTQ}.get(part)
-    if name not in rungs:
+    if name is None or name not in rungs:
         where, others = str(dirs.root / part), ", ".join(rungs)
         what = "this directory of the run holds no model" if name is None else f"this run has no {name} model on disk"
         raise NothingThere(what, where, f"the run itself has {others}: name {dirs.root}")
