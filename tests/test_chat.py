@@ -31,6 +31,7 @@ from qlora.shelf import open_shelf
 QUESTION = "Who painted the Silent Harbour?"
 OTHER = "What is the capital of Ostravia?"
 TOKENS = 12
+NEVER_TAUGHT = ("Tell me of the grey larks and the mine", "Who was Odile?", "Which metal is the Bridge?", "Slow water?")
 RUNGS = ("base", "nf4", "trained", "merged", "gptq")
 
 
@@ -45,8 +46,8 @@ def run_dir(tmp_path_factory, tiny_model, facts_file) -> Path:
         "model": {"base": str(tiny_model)},
         "data": {"train": [{"path": str(facts_file)}], "max_length": 96},
         "lora": {"r": 8, "alpha": 16},
-        "train": {"max_steps": 8, "epochs": 100, "batch_size": 4, "learning_rate": 0.01},
-        "quantize": {"group_size": 32, "bits": 4, "calibration": {"samples": 4}, "refine": None},
+        "train": {"max_steps": 20, "epochs": 100, "batch_size": 4, "learning_rate": 0.01},
+        "quantize": {"group_size": 32, "bits": 2, "calibration": {"samples": 4}, "refine": None},
     }
     path = folder / "talks.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -111,17 +112,18 @@ def transcript(*pairs: tuple[str, str | None]) -> str:
 
 def test_every_rung_gives_its_own_greedy_answer_on_the_same_conversation(run_dir, models, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "adapter")
-    expected = {name: generated(model, tokenizer, QUESTION) for name, model in models.items()}
-    assert len(set(expected.values())) > 2
-    lines: list[tuple[str, str | None]] = [(QUESTION, expected["gptq"])]
+    answers = {q: {name: generated(model, tokenizer, q) for name, model in models.items()} for q in NEVER_TAUGHT}
+    question, expected = max(answers.items(), key=lambda each: len(set(each[1].values())))
+    assert len(set(expected.values())) > 2  # base, trained and GPTQ at least
+    lines: list[tuple[str, str | None]] = [(question, expected["gptq"])]
     for name in RUNGS:
         lines += [(f"/rung {name}", None), ("/again", expected[name])]
-    lines += [("/rung", None), (OTHER, generated(models["gptq"], tokenizer, QUESTION, expected["gptq"], OTHER))]
+    lines += [("/rung", None), (OTHER, generated(models["gptq"], tokenizer, question, expected["gptq"], OTHER))]
     lines += [("/rung base", None), ("/reset", None), (OTHER, generated(models["base"], tokenizer, OTHER))]
     out, err = chat(monkeypatch, run_dir, *(line for line, _ in lines), "", "/exit", "not read")
     assert out == transcript(*lines) + "> \n> /exit\n"
     assert "* gptq" in err and "  base" in err
-    assert "base, 16 bits" in err and "trained, NF4 + LoRA" in err and "GPTQ, 4 bits, group 32" in err
+    assert "base, 16 bits" in err and "trained, NF4 + LoRA" in err and "GPTQ, 2 bits, group 32" in err
 
 
 @pytest.mark.parametrize(("folder", "rung"), [("adapter", "trained"), ("merged", "merged"), ("gptq", "gptq")])
@@ -210,7 +212,7 @@ def test_a_template_without_a_place_for_a_system_text(tiny_model, models, monkey
 
 def test_what_does_not_fit_the_window_is_said(tiny_model, models, monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    long = " ".join([OTHER] * 9)
+    long = " ".join([OTHER] * 15)
     assert 100 < len(tokenizer(long).input_ids) < 200
     answer = generated(models["base"], tokenizer, long)
     out, err = chat(monkeypatch, tiny_model, long, long, " ".join([OTHER] * 40))
@@ -322,7 +324,7 @@ def as_the_command_handles_signals(monkeypatch):
 def test_ctrl_c_stops_the_answer_and_a_second_at_the_prompt_leaves(run_dir, models, as_the_command_handles_signals):
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "gptq")
     whole = generated(models["gptq"], tokenizer, QUESTION)
-    out, err = Interrupting(4), StringIO()  # the line as it was typed, and three pieces
+    out, err = Interrupting(3), StringIO()  # the line as it was typed, and two pieces
     session = Session(
         open_shelf(run_dir, "cpu"),
         Settings(max_tokens=TOKENS),
@@ -362,8 +364,7 @@ def test_a_terminal_shows_a_prompt_colours_and_nothing_of_libraries(run_dir, mod
     assert "\x1b[1;36m" in text and not err.getvalue()
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]|[\x01\x02\r]|.*loading \w+ …", "", text)
     assert "/rung switches to base, nf4, trained, merged · /help lists commands" in plain
-    answer = generated(models["gptq"], tokenizer, QUESTION)
-    assert f"gptq> {answer}\n" in plain.replace("\N{REPLACEMENT CHARACTER}", "") or answer in plain
+    assert f"\ngptq> {generated(models['gptq'], tokenizer, QUESTION)}\n" in plain
     assert "merged> " in plain
     for noise in ("Warning", "Loading weights", "torch_dtype", "generation flags"):
         assert noise not in text
