@@ -111,11 +111,11 @@ def _of_run(facts: RunFacts, device: str, part: str | None) -> Shelf:
 
     def learning(name: str) -> Rung:
         tokens = trained_tokens(recipe.lora, run.base.directory, trust)
-        most = _room(run.base.directory, device, trust)
+        most = room_beside_conversation(run.base.directory, device, trust)
         return _named(name, learning_rungs(run.base, recipe.model, dirs.adapter, tokens, device, most))
 
     def shipped(name: str) -> Rung:
-        most = _room(dirs.merged if name == MERGED else dirs.gptq, device, trust)
+        most = room_beside_conversation(dirs.merged if name == MERGED else dirs.gptq, device, trust)
         return _named(name, shipped_rungs(recipe, dirs, device, most))
 
     rungs: dict[str, Callable[[], Rung]] = {}
@@ -152,7 +152,12 @@ def _of_adapter(directory: Path, device: str, base: str | None) -> Shelf:
 
     def rung(name: str) -> Rung:
         found, section, tokens = found_once()
-        return _named(name, learning_rungs(found, section, directory, tokens, device, _room(found.directory, device)))
+        return _named(
+            name,
+            learning_rungs(
+                found, section, directory, tokens, device, room_beside_conversation(found.directory, device)
+            ),
+        )
 
     settings = read_provenance(directory / FILE_NAME).settings
     held = (BASE, TRAINED) if settings.quant_type in ("checkpoint", "none") else (BASE, START, TRAINED)
@@ -232,7 +237,9 @@ def _of_checkpoint(directory: Path, device: str) -> Shelf:
         )
 
     def rung() -> Rung:
-        return Rung(name, label, partial(load, directory, dtype, device, most=_room(directory, device)))
+        return Rung(
+            name, label, partial(load, directory, dtype, device, most=room_beside_conversation(directory, device))
+        )
 
     return Shelf(name, {name: rung}, {name: directory})
 
@@ -241,7 +248,7 @@ def _named(name: str, rungs: list[Rung]) -> Rung:
     return next(rung for rung in rungs if rung.name == name)
 
 
-def _room(directory: Path, device: str, trust_remote_code: bool = False) -> int | None:
+def room_beside_conversation(directory: Path, device: str, trust_remote_code: bool = False) -> int | None:
     """Bytes of each GPU that a model may take, where in 16 bits it is larger than what a conversation leaves of one."""
     if device == "cpu":
         return None

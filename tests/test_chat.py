@@ -18,7 +18,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora import cli
+from qlora import cli, shelf
 from qlora.chat import Session, Settings, Stream
 from qlora.models.loading import load_base, load_gptq, load_trained
 from qlora.pipeline import Pipeline
@@ -266,6 +266,16 @@ def test_one_model_is_in_memory_at_a_time(run_dir):
         session._do_rung(name)
         assert before is None or before() is None
         before = weakref.ref(session._present.model)
+
+
+@pytest.mark.parametrize("folder", ["merged", "gptq"])
+def test_a_model_may_take_what_a_conversation_leaves_of_a_gpu(run_dir, monkeypatch, folder):
+    size = 300_000  # bytes of the tiny model in 16 bits, about
+    for free, limited in ((100 * size, False), (2 * size, True)):
+        monkeypatch.setattr(shelf, "free_for_training", lambda device, free=free: free)
+        most = shelf.room_beside_conversation(run_dir / folder, "cuda:0")
+        assert (most is not None) == limited
+        assert most is None or 0 <= most < free
 
 
 def test_pieces_are_whole_characters_and_together_the_text(tiny_model):
