@@ -107,6 +107,34 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
     report.raise_for_problems()
 
 
+@qlora.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="Default: 0, the likeliest token.")
+@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
+@click.option("--system", metavar="TEXT", help="Text before the conversation.")
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Default: a GPU if any.")
+@click.option("--base", metavar="MODEL", help="Of an adapter away from its run, if its base is not where it was.")
+def chat(
+    directory: Path, temperature: float, max_tokens: int, system: str | None, device: str, base: str | None
+) -> None:
+    """Talk to a run, or to an adapter, merged or GPTQ directory: /help lists what can be done in a conversation.
+
+    Reads a message per line where standard input is no terminal.
+    """
+    from qlora.chat import Session, Settings
+    from qlora.reporting.console import keep_transformers_quiet
+    from qlora.reporting.screen import Screen
+    from qlora.shelf import open_shelf
+
+    keep_transformers_quiet()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # leaves, where Ctrl-C only ends an answer
+    shelf = open_shelf(directory, device, base)
+    try:
+        Session(shelf, Settings(temperature, max_tokens, system), Screen()).run()
+    except KeyboardInterrupt:  # before there was a prompt
+        raise click.exceptions.Exit(130) from None
+
+
 @qlora.group()
 def recipes() -> None:
     """The recipes that ship with qlora."""
