@@ -1,6 +1,6 @@
 """Products of few rows with 4-bit weights that read the packed codes once: what decoding spends its time on.
 
-    y[m, n] = Σ_k x[m, k] · scales[g, n] · (q[k, n] − z[g, n]) + bias[n],   g = k // S
+    y[m, n] = Σ_k x[m, k] · scales[g, n] · (q[k, n] − z[g, n]) + added[m, n],   g = k // S
 
 A row at a time is bound by how fast codes come from memory, so a weight must cost few instructions. Set beside the bits
 of 1.0, a code of 4 bits at bit 16 or 12 of a word is the fp32 number f = 1 + q/c with c = 2⁷ or 2¹¹: no conversion, and
@@ -22,6 +22,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import gelu
+from torch.nn.functional import silu as silu_of
 
 from qlora.kernels.packed_linear import PackedWeight, dequantize
 
@@ -55,6 +57,7 @@ class Tiles:
 # As few columns as half the threads: with more, Triton gives scales a layout of their own, and moves all codes to it.
 ONE_ROW = Tiles(words=16, columns=64, warps=4, per_processor=6)
 FEW_ROWS = Tiles(words=16, columns=64, warps=4, per_processor=4)
+GATED_COLUMNS = 512
 ONE_IN_FLOAT = 0x3F800000
 """The bits of 1.0. To kernels it is an argument: with a constant, masking and setting take two instructions."""
 
@@ -77,22 +80,38 @@ def takes(weight: PackedWeight) -> bool:
 def few_rows_product(
     x_MK: torch.Tensor,
     weight: PackedWeight,
-    bias_N: torch.Tensor | None,
+    added: torch.Tensor | None,
     arrivals: Arrivals,
     tiles: Tiles | None = None,
 ) -> torch.Tensor:
-    """y [M, N] in the dtype of x, fp16 or bf16, for at most `MOST_ROWS` rows of a weight that `takes` takes."""
+    """y [M, N] in the dtype of x, fp16 or bf16, for at most `MOST_ROWS` rows of a weight that `takes` takes.
+
+    added: [N] or [M, N], such as a bias or a residual stream; it is added before y is rounded.
+    """
     if weight.rows_K is not None:
         x_MK = x_MK.index_select(1, weight.rows_K)
     if tiles is None:
         tiles = ONE_ROW if len(x_MK) == 1 else FEW_ROWS
-    return _launch(x_MK.contiguous(), weight, bias_N, arrivals, tiles)
+    return _launch(x_MK.contiguous(), weight, None if added is None else added.contiguous(), arrivals, tiles)
 
 
-def reference(x_MK: torch.Tensor, weight: PackedWeight, bias_N: torch.Tensor | None) -> torch.Tensor:
+def reference(x_MK: torch.Tensor, weight: PackedWeight, added: torch.Tensor | None) -> torch.Tensor:
     """The same in plain PyTorch, with weights and sums in fp32."""
     y_MN = x_MK.float() @ dequantize(weight, None, torch.float32)
-    return (y_MN if bias_N is None else y_MN + bias_N.float()).to(x_MK.dtype)
+    return (y_MN if added is None else y_MN + added.float()).to(x_MK.dtype)
+
+
+def gated_halves(both_M2F: torch.Tensor, silu: bool) -> torch.Tensor:
+    """act(g)·u [M, F] of rows of g and u one after the other, computed in fp32. Not silu: GELU in its tanh form."""
+    rows, width = both_M2F.shape[0], both_M2F.shape[1] // 2
+    if triton is None or not both_M2F.is_cuda:
+        gate, up = both_M2F.float().chunk(2, dim=1)
+        return ((silu_of(gate) if silu else gelu(gate, approximate="tanh")) * up).to(both_M2F.dtype)
+    out_MF = torch.empty(rows, width, dtype=both_M2F.dtype, device=both_M2F.device)
+    _gated_kernel[(triton.cdiv(width, GATED_COLUMNS), rows)](
+        both_M2F.contiguous(), out_MF, width, SILU=silu, COLUMNS=GATED_COLUMNS, num_warps=4
+    )
+    return out_MF
 
 
 def split_of(tiles: Tiles, inputs: int, outputs: int, processors: int) -> tuple[int, int]:
@@ -105,7 +124,7 @@ def split_of(tiles: Tiles, inputs: int, outputs: int, processors: int) -> tuple[
 
 
 def _launch(
-    x_MK: torch.Tensor, weight: PackedWeight, bias_N: torch.Tensor | None, arrivals: Arrivals, tiles: Tiles
+    x_MK: torch.Tensor, weight: PackedWeight, added: torch.Tensor | None, arrivals: Arrivals, tiles: Tiles
 ) -> torch.Tensor:
     (rows, inputs), outputs = x_MK.shape, weight.shape[0]
     split, each = split_of(tiles, inputs, outputs, _processors(x_MK.device))
@@ -117,9 +136,9 @@ def _launch(
     # Of one row, inputs come in pairs.
     x = x_MK.view(torch.int32) if rows == 1 else x_MK
     kernel[(triton.cdiv(outputs, tiles.columns), split)](
-        x, weight.qweight_WN, weight.zeros_GN, weight.scales_GN, y_MN if bias_N is None else bias_N,
+        x, weight.qweight_WN, weight.zeros_GN, weight.scales_GN, y_MN if added is None else added,
         y_MN, sums, arrivals.counters, rows, inputs // CODES, outputs, each, words_of_group, ONE_IN_FLOAT,
-        ONE_GROUP=words_of_group % tiles.words == 0, HAS_BIAS=bias_N is not None, SPLIT=split,
+        ONE_GROUP=words_of_group % tiles.words == 0, ADDED=0 if added is None else added.ndim, SPLIT=split,
         SPLIT_UP=triton.next_power_of_2(split), WORDS=tiles.words, COLUMNS=tiles.columns, num_warps=tiles.warps,
         **own,
     )  # fmt: skip
@@ -179,10 +198,15 @@ if triton is not None:
         return low.to(tl.float32), (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
     @triton.jit
+    def _load_added(added_ptr, at, column, inside, DIMENSIONS: tl.constexpr):
+        place = at if DIMENSIONS == 2 else column[None, :] + at * 0
+        return tl.load(added_ptr + place, mask=inside, other=0.0).to(tl.float32)
+
+    @triton.jit
     def _one_row_kernel(
-        x_ptr, qweight_ptr, zeros_ptr, scales_ptr, bias_ptr, y_ptr, sums_ptr, arrivals_ptr,
+        x_ptr, qweight_ptr, zeros_ptr, scales_ptr, added_ptr, y_ptr, sums_ptr, arrivals_ptr,
         rows, words, outputs, each, words_of_group, one,
-        ONE_GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SPLIT_UP: tl.constexpr,
+        ONE_GROUP: tl.constexpr, ADDED: tl.constexpr, SPLIT: tl.constexpr, SPLIT_UP: tl.constexpr,
         WORDS: tl.constexpr, COLUMNS: tl.constexpr, BF16: tl.constexpr,
     ):  # fmt: skip
         """One program: COLUMNS outputs of `each` words of inputs."""
@@ -212,8 +236,8 @@ if triton is not None:
         sum_N = tl.sum(total, axis=0)
         inside = column < outputs
         if SPLIT == 1:
-            if HAS_BIAS:
-                sum_N += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+            if ADDED > 0:
+                sum_N += tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
             tl.store(y_ptr + column, sum_N.to(y_ptr.dtype.element_ty), mask=inside)
         else:
             tl.store(sums_ptr + tl.program_id(1) * outputs + column, sum_N, mask=inside)
@@ -224,16 +248,16 @@ if triton is not None:
                 at = part * outputs + column[None, :]
                 mask = (part < SPLIT) & inside[None, :]
                 sum_N = tl.sum(tl.load(sums_ptr + at, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
-                if HAS_BIAS:
-                    sum_N += tl.load(bias_ptr + column, mask=inside, other=0.0).to(tl.float32)
+                if ADDED > 0:
+                    sum_N += tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
                 tl.store(y_ptr + column, sum_N.to(y_ptr.dtype.element_ty), mask=inside)
                 tl.store(arrivals_ptr + tl.program_id(0), 0)
 
     @triton.jit
     def _few_rows_kernel(
-        x_ptr, qweight_ptr, zeros_ptr, scales_ptr, bias_ptr, y_ptr, sums_ptr, arrivals_ptr,
+        x_ptr, qweight_ptr, zeros_ptr, scales_ptr, added_ptr, y_ptr, sums_ptr, arrivals_ptr,
         rows, words, outputs, each, words_of_group, one,
-        ONE_GROUP: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, SPLIT_UP: tl.constexpr,
+        ONE_GROUP: tl.constexpr, ADDED: tl.constexpr, SPLIT: tl.constexpr, SPLIT_UP: tl.constexpr,
         WORDS: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr,
     ):  # fmt: skip
         """One program: COLUMNS outputs of all rows, for `each` words of inputs."""
@@ -267,11 +291,24 @@ if triton is not None:
                     total += tl.load(
                         sums_ptr + part * rows * outputs + at, mask=inside, other=0.0, cache_modifier=".cg"
                     )
-                if HAS_BIAS:
-                    total += tl.load(bias_ptr + column, mask=column < outputs, other=0.0).to(tl.float32)[None, :]
+                if ADDED > 0:
+                    total += _load_added(added_ptr, at, column, inside, ADDED)
                 tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
                 tl.store(arrivals_ptr + tl.program_id(0), 0)
         else:
-            if HAS_BIAS:
-                total += tl.load(bias_ptr + column, mask=column < outputs, other=0.0).to(tl.float32)[None, :]
+            if ADDED > 0:
+                total += _load_added(added_ptr, at, column, inside, ADDED)
             tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _gated_kernel(both_ptr, out_ptr, width, SILU: tl.constexpr, COLUMNS: tl.constexpr):
+        """One program: COLUMNS of a row."""
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        row, inside = tl.program_id(1).to(tl.int64), column < width
+        gate = tl.load(both_ptr + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(both_ptr + (row * 2 + 1) * width + column, mask=inside, other=0.0).to(tl.float32)
+        if SILU:
+            act = gate * tl.sigmoid(gate)
+        else:
+            act = gate * tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
+        tl.store(out_ptr + row * width + column, (act * up).to(out_ptr.dtype.element_ty), mask=inside)
