@@ -40,6 +40,7 @@ class _Layer(StaticLayer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, self._positions[0], key_states)
         self.values.index_copy_(2, self._positions[0], value_states)
         return self.keys, self.values
@@ -69,6 +70,11 @@ class Decoder:
             raise UserError(f"layers with a state of another kind than keys and values: {', '.join(sorted(others))}")
         # Layers with a sliding window keep all tokens here: their masks hide what is behind it.
         self._cache = Cache(layers=[_Layer(slots, self._positions) for _ in layers])
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether steps are replayed from a CUDA graph."""
+        return self._graph is not None
 
     @torch.inference_mode()
     def prefill(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -122,10 +128,15 @@ class Decoder:
         return torch.cat(found, dim=1)
 
     def _forward(self, ids_BT: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        logits_BTV = self.model(
-            input_ids=ids_BT, position_ids=positions[None], past_key_values=self._cache, use_cache=True, logits_to_keep=1
-        ).logits
-        return logits_BTV[:, -1]
+        output = self.model(
+            input_ids=ids_BT,
+            position_ids=positions[None],
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits_BV: torch.Tensor = output.logits[:, -1]
+        return logits_BV
 
     def _step(self) -> None:
         logits_BV = self._forward(self._tokens_B1, self._position)

@@ -172,10 +172,10 @@ if triton is not None:
         return scale, tl.load(zeros_ptr + at, mask=inside, other=0).to(tl.float32)
 
     @triton.jit
-    def _beside_one(word, one, I: tl.constexpr):
-        """f of code I of each word: 1 + q·2⁻⁷ if I is even, else 1 + q·2⁻¹¹."""
-        PLACE: tl.constexpr = 16 if I % 2 == 0 else 12
-        LEFT: tl.constexpr = PLACE - 4 * I
+    def _beside_one(word, one, CODE: tl.constexpr):
+        """f of code CODE of each word: 1 + q·2⁻⁷ if CODE is even, else 1 + q·2⁻¹¹."""
+        PLACE: tl.constexpr = 16 if CODE % 2 == 0 else 12
+        LEFT: tl.constexpr = PLACE - 4 * CODE
         if LEFT > 0:
             word = word << LEFT
         elif LEFT < 0:
@@ -183,10 +183,10 @@ if triton is not None:
         return ((word & (15 << PLACE)) | one).to(tl.float32, bitcast=True)
 
     @triton.jit
-    def _weight(word, one, scale, zero, I: tl.constexpr):
-        """What code I of each word stands for, in fp32 and exact."""
-        RISE: tl.constexpr = 128.0 if I % 2 == 0 else 2048.0
-        return _beside_one(word, one, I) * (scale * RISE) - scale * (zero + RISE)
+    def _weight(word, one, scale, zero, CODE: tl.constexpr):
+        """What code CODE of each word stands for, in fp32 and exact."""
+        RISE: tl.constexpr = 128.0 if CODE % 2 == 0 else 2048.0
+        return _beside_one(word, one, CODE) * (scale * RISE) - scale * (zero + RISE)
 
     @triton.jit
     def _load_pair(x_ptr, at, mask, BF16: tl.constexpr):

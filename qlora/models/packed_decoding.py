@@ -1,7 +1,7 @@
 """Decoding with packed codes as they are: linears of one input as one, and what lies between linears in few kernels.
 
-A step of a few rows takes as long as its codes take to be read and its kernels to be launched. `speed_up` leaves both at
-little: linears read codes by `few_rows_product`; q, k and v, and gate and up, are one linear each; RMS norms, rotary
+A step of a few rows takes as long as its codes take to be read and its kernels to be launched. `speed_up` leaves both
+at little: linears read codes by `few_rows_product`; q, k and v, and gate and up, are one linear each; RMS norms, rotary
 embeddings and gates are a kernel each, and additions to the residual stream are in the kernels beside them. For
 inference alone: there is no backward, and the parts of a merged linear are no parameters of the model any more.
 """
@@ -99,7 +99,7 @@ def speed_up(model: Any) -> int:
     count = 0
     for parent in list(model.modules()):
         for names in SIBLINGS:
-            children = [getattr(parent, name, None) for name in names]
+            children: list[Any] = [getattr(parent, name, None) for name in names]
             if all(type(child) is PackedLinear for child in children) and _mergeable(children):
                 merged = _Merged(_merge(children, arrivals), [child.out_features for child in children])
                 count += 1
@@ -124,20 +124,19 @@ def _arrivals(model: nn.Module) -> Arrivals:
 
 
 def _mergeable(linears: Sequence[Any]) -> bool:
-    """Whether they differ in outputs alone, and in having a bias not at all."""
+    """Whether they differ in outputs alone: all or none of them have a bias."""
     weights = [linear.packed for linear in linears]
     kinds = {(weight.bits, weight.inputs, len(weight.scales_GN), weight.scales_GN.dtype) for weight in weights}
-    return len(kinds) == 1 and all(weight.rows_K is None for weight in weights) and len({linear.bias is None for linear in linears}) == 1
+    biases = {linear.bias is None for linear in linears}
+    return len(kinds) == len(biases) == 1 and all(weight.rows_K is None for weight in weights)
 
 
 def _merge(linears: Sequence[Any], arrivals: Arrivals) -> DecodingLinear:
     weights = [linear.packed for linear in linears]
-    weight = replace(
-        weights[0],
-        **{name: torch.cat([getattr(each, name) for each in weights], 1) for name in ("qweight_WN", "zeros_GN", "scales_GN")},
-    )
+    names = "qweight_WN", "zeros_GN", "scales_GN"
+    together = {name: torch.cat([getattr(weight, name) for weight in weights], dim=1) for name in names}
     bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
-    return DecodingLinear(weight, bias, arrivals)
+    return DecodingLinear(replace(weights[0], **together), bias, arrivals)
 
 
 def _fuse_rotary(model: nn.Module) -> None:
@@ -194,7 +193,8 @@ def _is_silu(module: Any) -> bool | None:
     """None for other activations than SiLU and GELU in its tanh form."""
     if isinstance(module, (nn.SiLU, SiLUActivation)):
         return True
-    return False if isinstance(module, GELUTanh) or (isinstance(module, nn.GELU) and module.approximate == "tanh") else None
+    gelu = isinstance(module, GELUTanh) or (isinstance(module, nn.GELU) and module.approximate == "tanh")
+    return False if gelu else None
 
 
 def _fuse_layers(model: Any) -> int:
@@ -204,7 +204,8 @@ def _fuse_layers(model: Any) -> int:
         parts = dict(layer.named_children())
         if set(parts) != PARTS or rotary is None or not hasattr(parts["mlp"].forward, "fused"):
             continue
-        second = recognized(parts[NORMS[1]], parts[NORMS[1]].weight.device.type)
+        norm: Any = parts[NORMS[1]]
+        second = recognized(norm, norm.weight.device.type)
         if second is not None and _same(layer, second, rotary):
             layer.forward = types.MethodType(_layer_forward(second), layer)
             fused += 1

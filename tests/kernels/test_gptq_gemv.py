@@ -21,7 +21,12 @@ DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="needs Triton and TRITON_INTERPRET=1")),
     pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]),
 ]
-SHAPES = {"whole tiles": (256, 256, 128), "groups of 32": (320, 72, 32), "one group": (384, 200, 384), "ragged": (576, 24, 64)}
+SHAPES = {
+    "whole tiles": (256, 256, 128),
+    "groups of 32": (320, 72, 32),
+    "one group": (384, 200, 384),
+    "ragged": (576, 24, 64),
+}
 """Inputs, outputs and group size."""
 # Against weights and sums in fp32: the product rounded once, or weights rounded too.
 TOLERANCES = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
