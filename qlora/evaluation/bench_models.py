@@ -159,6 +159,7 @@ def _import_libraries(subject: Subject) -> None:
     if subject.form in ("nf4", "nf4-double", "int8"):
         import bitsandbytes  # noqa: F401
     if subject.kernel == "qlora":
+        import qlora.models.packed_base
         import qlora.models.packed_decoding  # noqa: F401
 
 

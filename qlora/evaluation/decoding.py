@@ -43,11 +43,19 @@ class _Layer(StaticLayer):
         assert self.keys is not None and self.values is not None
         self.keys.index_copy_(2, self._positions[0], key_states)
         self.values.index_copy_(2, self._positions[0], value_states)
-        return self.keys, self.values
+        return (key_states, value_states) if self._prefills else (self.keys, self.values)
+
+    @property
+    def _prefills(self) -> bool:
+        return len(self._positions[0]) > 1
 
     def get_seq_length(self) -> Any:
         """Tokens before those that come now: a number for a prefill, which then needs no mask."""
-        return 0 if len(self._positions[0]) > 1 else self._positions[0][0]
+        return 0 if self._prefills else self._positions[0][0]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Keys that are attended to, and how many were dropped before them."""
+        return (query_length if self._prefills else self.max_cache_len), 0
 
 
 class Decoder:
