@@ -40,11 +40,9 @@ def main(arguments: list[str] | None = None) -> None:
     started = time.perf_counter()
     plain, packed = write_checkpoints(options.shape, options.layers, options.work, device)
     print(f"checkpoints: {time.perf_counter() - started:.0f} s", flush=True)
-    forms = options.forms
-    models = (
-        subjects([plain], [form for form in forms if form not in PACKED], [], device) if set(forms) - {*PACKED} else []
-    )
-    models += subjects([packed], ["gptq"], options.kernel, device) if "gptq" in forms else []
+    of_plain = [form for form in options.forms if form not in PACKED]
+    models = subjects([plain], of_plain, [], device) if of_plain else []
+    models += subjects([packed], ["gptq"], options.kernel, device) if "gptq" in options.forms else []
     options.out.mkdir(parents=True, exist_ok=True)
     path, rows = options.out / "bench.json", []
     plan = Plan(options.batch, options.prompt, options.new, options.dtype, device, options.timeout)
@@ -119,9 +117,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=numbers, default="128,1024")
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument(
-        "--as", dest="forms", type=words, default=",".join(form for form in DEFAULT_FORMS if form != "awq")
-    )
+    parser.add_argument("--as", dest="forms", type=words, default="16bit,nf4,int8,gptq")
     parser.add_argument("--kernel", type=words, default="auto")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--work", type=Path, default=Path("/tmp/decode"), help="folder of the checkpoints")

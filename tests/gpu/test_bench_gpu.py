@@ -25,6 +25,8 @@ FORMS = [
 ]  # fmt: skip
 EAGER = {"int8", "exllamav2"}
 """What no graph holds: LLM.int8 asks the GPU for its outliers, ExLlamaV2 launches on a stream of its own."""
+TIE = 0.05
+"""Of the deviation of logits: two tokens nearer than this are as good as each other in bf16."""
 COMPARE = """
 import json, sys
 import torch
@@ -39,6 +41,19 @@ except RuntimeError as error:
     print("UNAVAILABLE", " ".join(str(error).split())[-500:])
     sys.exit()
 model, found = loaded.model, []
+# Attention over a cache of another length may add in another order, and texts differ behind a tie. Of the rows that
+# differ, the largest difference of the two tokens' logits where they begin to, in deviations.
+@torch.inference_mode()
+def gap(model, ids, one, other):
+    worst = 0.0
+    for row in range(len(ids)):
+        apart = (one[row] != other[row]).nonzero().flatten().tolist()
+        if apart:
+            seen = torch.cat([ids[row], one[row, : apart[0]]])[None]
+            logits = model(seen).logits[0, -1].float()
+            pair = logits[torch.stack([one[row, apart[0]], other[row, apart[0]]])]
+            worst = max(worst, float((pair[0] - pair[1]).abs() / logits.std()))
+    return worst
 for batch in (1, 3):
     ids = torch.randint(512, (batch, prompt), generator=torch.Generator().manual_seed(batch)).cuda()
     with torch.inference_mode():
@@ -49,7 +64,8 @@ for batch in (1, 3):
     decoder = Decoder(model, batch, prompt + new, graphs=None if loaded.eager_because is None else False)
     graph = decoder.greedy(ids, new)
     eager = Decoder(model, batch, prompt + new, graphs=False).greedy(ids, new)
-    found.append([decoder.has_graph, decoder.eager_because or loaded.eager_because, graph.tolist(), eager.tolist(), expected.tolist()])
+    why = decoder.eager_because or loaded.eager_because
+    found.append([decoder.has_graph, why, graph.tolist(), eager.tolist(), gap(model, ids, graph, expected)])
 print("RESULT", json.dumps(found))
 """
 
@@ -72,15 +88,10 @@ def test_a_graph_says_what_steps_and_generate_say(form, kernel, checkpoints):
     assert result.returncode == 0, result.stdout + result.stderr
     if "UNAVAILABLE " in result.stdout:
         pytest.skip(f"cannot be built here: {result.stdout.split('UNAVAILABLE ')[1].splitlines()[0]}")
-    for has_graph, why, graph, eager, expected in json.loads(result.stdout.split("RESULT ")[1].splitlines()[0]):
+    for has_graph, why, graph, eager, gap in json.loads(result.stdout.split("RESULT ")[1].splitlines()[0]):
         assert has_graph == ((kernel or form) not in EAGER), why
         assert graph == eager
-        # Attention over a cache of another length may add in another order: up to a tie, if there is one.
-        same = sum(
-            a == b for row, others in zip(graph, expected, strict=True) for a, b in zip(row, others, strict=True)
-        )
-        assert same >= 0.5 * sum(map(len, expected)), (graph, expected)
-        assert all(row[0] == other[0] for row, other in zip(graph, expected, strict=True))
+        assert gap < TIE
 
 
 def test_the_command_measures_graphs(checkpoints, tmp_path, monkeypatch):
