@@ -10,6 +10,12 @@ from rich.table import Table
 
 Row = dict[str, Any]
 """As `qlora.evaluation.bench.bench` returns them."""
+Key = tuple[str, str, str | None]
+"""Directory, form and kernel."""
+Names = dict[Key, str]
+Styles = dict[Key, dict[str, Any]]
+Values = dict[tuple[Key, int], float]
+"""(model, place of a batch size) → what is shown."""
 GIB = 2**30
 # Heading and what stands below it, in the table of one prompt length.
 COLUMNS: tuple[tuple[str, Callable[[Row], str]], ...] = (
@@ -38,10 +44,10 @@ FAMILIES = {
     "gptq": "Blues",
     "awq": "Greens",
 }
-MARKERS = "osDv^PX<>*"
+MARKERS = "osDv^P<*>X"
 
 
-def titles(rows: Sequence[Row]) -> dict[tuple[str, str, str | None], str]:
+def titles(rows: Sequence[Row]) -> Names:
     """What each model is called: its form and kernel, with its directory where there are several for a form."""
     folders: dict[str, set[str]] = {}
     for row in rows:
@@ -120,7 +126,8 @@ def markdown(rows: Sequence[Row], machine: str) -> str:
 
 
 def plot(rows: Sequence[Row], path: Path, machine: str) -> None:
-    """A row of panels for each prompt length: throughput, latencies and memory over batch sizes."""
+    """Panels of throughput, latencies and memory for each prompt length: lines over batch sizes, bars where there is
+    one."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -129,35 +136,61 @@ def plot(rows: Sequence[Row], path: Path, machine: str) -> None:
     prompts = list(dict.fromkeys(row["prompt"] for row in rows))
     batches = sorted({row["batch"] for row in rows})
     names, styles = titles(rows), _styles(rows)
-    figure, panels = pyplot.subplots(
-        len(prompts), len(PANELS), figsize=(4.2 * len(PANELS), 3.5 * len(prompts)), squeeze=False
-    )
+    each = 3.5 if len(batches) > 1 else 1.2 + 0.3 * len(names)
+    size = (4.2 * len(PANELS) + (0 if len(batches) > 1 else 2), each * len(prompts))
+    figure, panels = pyplot.subplots(len(prompts), len(PANELS), figsize=size, squeeze=False)
     for prompt, line in zip(prompts, panels, strict=True):
+        measured = [row for row in rows if "error" not in row and row["prompt"] == prompt]
         for (title, key, factor), panel in zip(PANELS, line, strict=True):
-            for model, name in names.items():
-                points = [
-                    (batches.index(row["batch"]), factor * row[key])
-                    for row in rows
-                    if "error" not in row and row["prompt"] == prompt and _model(row) == model
-                ]
-                if points:
-                    panel.plot(*zip(*sorted(points), strict=True), label=name, **styles[model])
-            panel.set_yscale("log")
-            _plain_ticks(panel)
-            panel.set_xticks(range(len(batches)), [str(batch) for batch in batches])
-            panel.set_xlim(-0.3, len(batches) - 0.7)
-            panel.set_title(f"{title} · prompt {prompt}", fontsize=10)
-            panel.grid(alpha=0.25, which="both")
-            panel.set_xlabel("batch")
-    handles, labels = _legend(panels)
-    columns = min(len(labels), 5) or 1
+            values = {(_model(row), batches.index(row["batch"])): factor * row[key] for row in measured}
+            if len(batches) > 1:
+                _lines(panel, values, names, styles, batches)
+                panel.set_title(f"{title} · prompt {prompt}", fontsize=10)
+                if key == "peak_bytes":  # what a card has to have; elsewhere it is ratios that count
+                    panel.set_ylim(bottom=0)
+                else:
+                    _logarithmic(panel)
+            else:
+                _bars(panel, values, names if panel is line[0] else dict.fromkeys(names, ""), styles)
+                panel.set_title(f"{title} · prompt {prompt}, batch {batches[0]}", fontsize=10)
     figure.suptitle(f"{rows[0]['new']} new tokens, {rows[0]['dtype']}, {machine}", fontsize=11)
-    rows_of_legend = -(-len(labels) // columns)
-    height = 3.5 * len(prompts)
-    figure.tight_layout(rect=(0, (0.25 * rows_of_legend + 0.1) / height, 1, 1))
-    figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    _finish(figure, panels if len(batches) > 1 else None)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
+
+
+def _lines(panel: Any, values: Values, names: Names, styles: Styles, batches: Sequence[int]) -> None:
+    for model, name in names.items():
+        points = sorted((place, value) for (own, place), value in values.items() if own == model)
+        if points:
+            panel.plot(*zip(*points, strict=True), label=name, markersize=5, linewidth=1.6, **styles[model])
+    panel.set_xticks(range(len(batches)), [str(batch) for batch in batches])
+    panel.set_xlim(-0.3, len(batches) - 0.7)
+    panel.grid(alpha=0.25, which="both")
+    panel.set_xlabel("batch")
+
+
+def _bars(panel: Any, values: Values, names: Names, styles: Styles) -> None:
+    places = {model: -place for place, model in enumerate(names)}
+    for (model, _), value in values.items():
+        panel.barh(places[model], value, color=styles[model]["color"], height=0.7)
+        panel.text(value, places[model], f" {_digits(value)}", va="center", fontsize=8)
+    panel.set_yticks(list(places.values()), list(names.values()))
+    panel.set_ylim(min(places.values()) - 0.6, 0.6)
+    panel.margins(x=0.2)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def _finish(figure: Any, panels: Any) -> None:
+    """Lay out, with a legend below where there are lines."""
+    if panels is None:
+        figure.tight_layout()
+        return
+    handles, labels = _legend(panels)
+    columns = min(len(labels), 5) or 1
+    below = 0.25 * -(-len(labels) // columns) + 0.1
+    figure.tight_layout(rect=(0, below / figure.get_figheight(), 1, 1))
+    figure.legend(handles, labels, loc="lower center", ncols=columns, frameon=False, fontsize=9)
 
 
 def _legend(panels: Any) -> tuple[list[Any], list[str]]:
@@ -169,10 +202,11 @@ def _legend(panels: Any) -> tuple[list[Any], list[str]]:
     return list(found.values()), list(found)
 
 
-def _plain_ticks(panel: Any) -> None:
-    """Logarithmic, with numbers as people write them, also where the axis spans less than a decade."""
+def _logarithmic(panel: Any) -> None:
+    """With numbers as people write them, also where the axis spans less than a decade."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+    panel.set_yscale("log")
     low, high = panel.get_ylim()
     subs: tuple[float, ...] = (1.0, 2.0, 5.0) if high / low < 300 else (1.0,)
     if high / low < 4:
@@ -182,7 +216,7 @@ def _plain_ticks(panel: Any) -> None:
     panel.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _styles(rows: Sequence[Row]) -> dict[tuple[str, str, str | None], dict[str, Any]]:
+def _styles(rows: Sequence[Row]) -> Styles:
     from matplotlib import colormaps
 
     models = list(dict.fromkeys(_model(row) for row in rows))
@@ -194,11 +228,11 @@ def _styles(rows: Sequence[Row]) -> dict[tuple[str, str, str | None], dict[str, 
         for place, model in enumerate(members):
             shade = 0.85 if len(members) == 1 else 0.95 - 0.55 * place / (len(members) - 1)
             marker = MARKERS[models.index(model) % len(MARKERS)]
-            found[model] = {"color": colormaps[family](shade), "marker": marker, "markersize": 5, "linewidth": 1.6}
+            found[model] = {"color": colormaps[family](shade), "marker": marker}
     return found
 
 
-def _model(row: Row) -> tuple[str, str, str | None]:
+def _model(row: Row) -> Key:
     return row["directory"], row["form"], row["kernel"]
 
 
