@@ -90,7 +90,8 @@ def with_figures(text: str, figures: str) -> str:
 def measured_text(recipe: Recipe, row: dict[str, Any]) -> str:
     if "tokens_per_second" not in row:
         return "Not measured yet."
-    share = "" if row["gpus"] == 1 else f", one of {row['gpus']} GPUs with its share of a step"
+    kind = "each of {} that share the base" if recipe.train.shard else "one of {} GPUs with its share of a step"
+    share = "" if row["gpus"] == 1 else f", {kind.format(row['gpus'])}"
     return (
         f"Measured in training on an {row['machine']} held to {row['held_to']:.1f} GiB{share} (random weights, rows of "
         f"{recipe.data.max_length:,} tokens, scripts/bench/recipes.py): {row['tokens_per_second']:,.0f} tokens/s, "
