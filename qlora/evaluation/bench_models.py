@@ -126,19 +126,17 @@ def load(subject: Subject, dtype: str, device: str) -> Loaded:
     """Raises whatever the libraries do: a row of the table says so."""
     import torch
 
-    from qlora.models.loading import DTYPES
-
     if subject.kernel not in (None, "qlora") and importlib.util.find_spec("gptqmodel") is None:
         raise missing_extra("gptqmodel", "gptq", f"the kernel {subject.kernel}")
     if device.startswith("cuda"):
         torch.zeros(1, device=device)  # the context
     started = time.perf_counter()
-    built = _build(subject, DTYPES[dtype])
+    built = _build(subject, getattr(torch, dtype))
     building = time.perf_counter() - started if built else 0.0
     loader = _packed_by_qlora if subject.kernel == "qlora" else _by_gptqmodel if subject.form == "gptq" else _plain
     _import_libraries(subject)
     started = time.perf_counter()
-    model = loader(subject, DTYPES[dtype], device)
+    model = loader(subject, getattr(torch, dtype), device)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
