@@ -151,14 +151,22 @@ def _known_to_be_eager(subject: Subject) -> str | None:
 
 
 def _import_libraries(subject: Subject) -> None:
-    """Those that loading would import, and that take seconds."""
-    import transformers.models.auto.modeling_auto  # noqa: F401
+    """Those that loading would import, seconds of them: the model's own module too, by an empty model of its kind."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(subject.directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
     if subject.form in ("nf4", "nf4-double", "int8"):
-        import bitsandbytes  # noqa: F401
-    if subject.kernel == "qlora":
+        import transformers.integrations.bitsandbytes  # noqa: F401
+    elif subject.kernel == "qlora":
         import qlora.models.packed_base
         import qlora.models.packed_decoding  # noqa: F401
+    elif subject.kernel is not None:
+        import gptqmodel  # noqa: F401
 
 
 def _plain(subject: Subject, dtype: Any, device: str) -> Any:

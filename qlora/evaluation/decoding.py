@@ -73,12 +73,13 @@ class Decoder:
         self._logits_BV: torch.Tensor | None = None
         slots = -(-length // ALIGNED) * ALIGNED
         layers = StaticCache(config=model.config, max_cache_len=slots).layers
-        others = {type(layer).__name__ for layer in layers if not isinstance(layer, StaticLayer)}
+        plain = [layer for layer in layers if isinstance(layer, StaticLayer)]
+        others = {type(layer).__name__ for layer in layers if layer not in plain}
         if others:
             raise UserError(f"layers with a state of another kind than keys and values: {', '.join(sorted(others))}")
         # Layers with a sliding window keep all tokens here: their masks, which are transformers' own, hide what is
         # behind it. Where there are none, layers have one mask in the form in which attention adds it.
-        self._slots = None if any(layer.is_sliding for layer in layers) else torch.arange(slots, device=self.device)
+        self._slots = None if any(layer.is_sliding for layer in plain) else torch.arange(slots, device=self.device)
         self._cache = Cache(layers=[_Layer(slots, self._positions) for _ in layers])
 
     @property
