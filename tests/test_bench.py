@@ -61,12 +61,27 @@ def test_the_command_measures_each_model_and_keeps_what_it_has(tiny_model, tmp_p
     assert json.loads((out / "bench.json").read_text())["rows"] == rows
 
 
-def test_a_process_that_dies_is_one_rows_error(tiny_model, tmp_path):
-    # A prompt that no machine has memory for: the process is killed, or says what it could not have.
-    plan = benches.Plan((1,), (4, 10**10), 2, "float32", "cpu", timeout=120)
-    short, long = benches.bench([Subject(str(tiny_model), "16bit")], plan, tmp_path / "bench.json")
-    assert "error" not in short and short["tokens_per_second"] > 0
-    assert "error" in long and "tokens_per_second" not in long
+def test_a_process_that_takes_too_long_is_stopped(tiny_model, tmp_path):
+    plan = benches.Plan((1, 2), (8,), 2, "float32", "cpu", timeout=0.1)
+    rows = benches.bench([Subject(str(tiny_model), "16bit")], plan, tmp_path / "bench.json")
+    assert [row["error"] for row in rows] == ["loading: stopped after 0 s: "] * 2
+
+
+def test_what_a_process_died_at_is_one_rows_error():
+    pairs = [(1, 8), (2, 8), (3, 8)]
+    loaded, first = {"loaded": {"load_seconds": 1.0}}, {"row": {"batch": 1, "prompt": 8, "tokens_per_second": 5.0}}
+    begun = [{"begun": {"batch": batch, "prompt": prompt}} for batch, prompt in pairs]
+
+    def rows(lines, words="exit code -9: killed"):
+        return [(row["batch"], row.get("error")) for row in benches.rows_of({"form": "nf4"}, pairs, lines, words)]
+
+    assert rows([loaded, begun[0], first, begun[1]]) == [(1, None), (2, "exit code -9: killed")]
+    assert rows([loaded]) == [(1, "exit code -9: killed")]  # between loading and the first
+    failed = {"row": {"batch": 2, "prompt": 8, "error": "CUDA error"}}
+    assert rows([loaded, begun[0], first, begun[1], failed]) == [(1, None), (2, "CUDA error")]  # it said so, and ended
+    assert rows([{"load_error": "no file"}]) == [(batch, "loading: no file") for batch in (1, 2, 3)]
+    assert rows([]) == [(batch, "loading: exit code -9: killed") for batch in (1, 2, 3)]
+    assert rows([loaded, begun[0], first], None) == [(1, None)]
 
 
 @pytest.mark.parametrize(("form", "kernel"), [("nf4", None), ("gptq", "qlora"), ("awq", "qlora")])

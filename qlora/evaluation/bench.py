@@ -136,22 +136,30 @@ def _process(model: Subject, plan: Plan, pairs: Sequence[Combination]) -> list[R
             },
         )
         end = _run([sys.executable, "-m", "qlora.evaluation.bench_process", str(job)], log, plan.timeout)
-        lines = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
+        # A last line without an end is of a process that was killed as it wrote.
+        text = rows.read_text(encoding="utf-8") if rows.is_file() else ""
+        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
         words = f"{end}: {_last_words(log)}"
-    loaded: dict[str, Any] = next((line["loaded"] for line in lines if "loaded" in line), {})
+    return rows_of(head, pairs, lines, None if end == "exit code 0" else words)
+
+
+def rows_of(head: Row, pairs: Sequence[Combination], lines: Sequence[Row], words: str | None) -> list[Row]:
+    """Rows from what a process wrote: all that it measured, and what it died of.
+
+    head: what they have in common. words: how it ended, unless well.
+    """
+    loaded: Row = next((line["loaded"] for line in lines if "loaded" in line), {})
     found = [head | loaded | line["row"] for line in lines if "row" in line]
     if not loaded:
         error = next((line["load_error"] for line in lines if "load_error" in line), words)
         return [head | {"batch": batch, "prompt": prompt, "error": f"loading: {error}"} for batch, prompt in pairs]
     measured = {(row["batch"], row["prompt"]) for row in found}
-    left = [pair for pair in pairs if pair not in measured]
-    if left and end != "exit code 0":
-        # What it was at when it died; of those behind it another process finds out.
-        begun = [line["begun"] for line in lines if "begun" in line]
-        died_at = (begun[-1]["batch"], begun[-1]["prompt"]) if begun else left[0]
-        batch, prompt = died_at if died_at in left else left[0]
-        if died_at in left or not found:
-            found.append(head | loaded | {"batch": batch, "prompt": prompt, "error": words})
+    begun = [(line["begun"]["batch"], line["begun"]["prompt"]) for line in lines if "begun" in line]
+    # Of what is behind the one it died at, another process finds out.
+    died_at = next((pair for pair in [*begun[-1:], *pairs] if pair not in measured), None)
+    if words is not None and died_at is not None and (not found or died_at in begun):
+        batch, prompt = died_at
+        found.append(head | loaded | {"batch": batch, "prompt": prompt, "error": words})
     return found
 
 

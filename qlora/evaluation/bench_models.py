@@ -126,19 +126,17 @@ def load(subject: Subject, dtype: str, device: str) -> Loaded:
     """Raises whatever the libraries do: a row of the table says so."""
     import torch
 
-    from qlora.models.loading import DTYPES
-
     if subject.kernel not in (None, "qlora") and importlib.util.find_spec("gptqmodel") is None:
         raise missing_extra("gptqmodel", "gptq", f"the kernel {subject.kernel}")
     if device.startswith("cuda"):
         torch.zeros(1, device=device)  # the context
     started = time.perf_counter()
-    built = _build(subject, DTYPES[dtype])
+    built = _build(subject, getattr(torch, dtype))
     building = time.perf_counter() - started if built else 0.0
     loader = _packed_by_qlora if subject.kernel == "qlora" else _by_gptqmodel if subject.form == "gptq" else _plain
     _import_libraries(subject)
     started = time.perf_counter()
-    model = loader(subject, DTYPES[dtype], device)
+    model = loader(subject, getattr(torch, dtype), device)
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
@@ -153,14 +151,22 @@ def _known_to_be_eager(subject: Subject) -> str | None:
 
 
 def _import_libraries(subject: Subject) -> None:
-    """Those that loading would import, and that take seconds."""
-    import transformers.models.auto.modeling_auto  # noqa: F401
+    """Those that loading would import, seconds of them: the model's own module too, by an empty model of its kind."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(subject.directory)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(config)
     if subject.form in ("nf4", "nf4-double", "int8"):
-        import bitsandbytes  # noqa: F401
-    if subject.kernel == "qlora":
+        import transformers.integrations.bitsandbytes  # noqa: F401
+    elif subject.kernel == "qlora":
         import qlora.models.packed_base
         import qlora.models.packed_decoding  # noqa: F401
+    elif subject.kernel is not None:
+        import gptqmodel  # noqa: F401
 
 
 def _plain(subject: Subject, dtype: Any, device: str) -> Any:

@@ -73,10 +73,13 @@ class Decoder:
         self._logits_BV: torch.Tensor | None = None
         slots = -(-length // ALIGNED) * ALIGNED
         layers = StaticCache(config=model.config, max_cache_len=slots).layers
-        others = {type(layer).__name__ for layer in layers if not isinstance(layer, StaticLayer)}
+        plain = [layer for layer in layers if isinstance(layer, StaticLayer)]
+        others = {type(layer).__name__ for layer in layers if layer not in plain}
         if others:
             raise UserError(f"layers with a state of another kind than keys and values: {', '.join(sorted(others))}")
-        # Layers with a sliding window keep all tokens here: their masks hide what is behind it.
+        # Layers with a sliding window keep all tokens here: their masks, which are transformers' own, hide what is
+        # behind it. Where there are none, layers have one mask in the form in which attention adds it.
+        self._slots = None if any(layer.is_sliding for layer in plain) else torch.arange(slots, device=self.device)
         self._cache = Cache(layers=[_Layer(slots, self._positions) for _ in layers])
 
     @property
@@ -89,7 +92,7 @@ class Decoder:
         """Start anew with a prompt of more than a token; returns the first new tokens [B, 1]."""
         length = ids_BT.shape[1]
         self._positions[0] = torch.arange(length, device=self.device)
-        logits_BV = self._forward(ids_BT.to(self.device), self._positions[0])
+        logits_BV = self._forward(ids_BT.to(self.device), self._positions[0], None)
         self._positions[0] = self._position
         self._position.fill_(length)
         return self._tokens_B1.copy_(logits_BV.argmax(-1, keepdim=True))
@@ -135,10 +138,19 @@ class Decoder:
             found.append(self.step().clone())
         return torch.cat(found, dim=1)
 
-    def _forward(self, ids_BT: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _mask(self) -> torch.Tensor | None:
+        """[1, 1, 1, slots]: 0 up to the position, −∞ behind it; of booleans, SDPA would make this in every layer."""
+        if self._slots is None:
+            return None
+        dtype = self.model.get_input_embeddings().weight.dtype
+        mask = torch.zeros(self._slots.shape, dtype=dtype, device=self.device)
+        return mask.masked_fill_(self._slots > self._position, -torch.inf)[None, None, None]
+
+    def _forward(self, ids_BT: torch.Tensor, positions: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         output = self.model(
             input_ids=ids_BT,
             position_ids=positions[None],
+            attention_mask=mask,
             past_key_values=self._cache,
             use_cache=True,
             logits_to_keep=1,
@@ -147,7 +159,7 @@ class Decoder:
         return logits_BV
 
     def _step(self) -> None:
-        logits_BV = self._forward(self._tokens_B1, self._position)
+        logits_BV = self._forward(self._tokens_B1, self._position, self._mask())
         self._logits_BV = logits_BV
         self._tokens_B1.copy_(logits_BV.argmax(-1, keepdim=True))
         self._position.add_(1)

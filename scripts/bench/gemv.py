@@ -47,7 +47,7 @@ def candidates(rows: int, which: str) -> list[Tiles]:
     if which == "default":
         return [default]
     shapes = [(64, 4), (128, 8), (256, 16)] if rows == 1 else [(32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8)]
-    every = (2, 4, 6, 8, 12)
+    every = (2, 4, 6, 8, 12) if rows == 1 else (2, 4, 8)
     return [Tiles(16, columns, warps, each) for (columns, warps), each in product(shapes, every)]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qlora.kernels import gptq_gemv
-from qlora.kernels.gptq_gemv import FEW_ROWS, ONE_ROW, Arrivals, Tiles, few_rows_product, reference, takes
+from qlora.kernels.gptq_gemv import FEW_ROWS, ONE_ROW, Arrivals, Tiles, few_rows_product, gated_halves, reference, takes
 from qlora.kernels.packed_linear import PackedWeight, dequantize
 from qlora.models.gptq_format import pack_rows
 
@@ -52,7 +52,9 @@ def test_products_are_those_of_fp32(device, dtype, shape, rows):
     weight = packed(inputs, outputs, group_size, device, shuffled=shape == "groups of 32")
     generator = torch.Generator().manual_seed(rows)
     x = torch.randn(rows, inputs, generator=generator).to(device, dtype)
-    bias = torch.randn(outputs, generator=generator).to(device, dtype) if rows != 3 else None
+    # Nothing, a bias, or a residual stream.
+    added = {1: (outputs,), 17: (rows, outputs)}.get(rows)
+    bias = None if added is None else torch.randn(*added, generator=generator).to(device, dtype)
     arrivals = Arrivals(outputs, x.device)
     found = few_rows_product(x, weight, bias, arrivals)
     expected = x.double() @ dequantize(weight, None, torch.float32).double() + (0 if bias is None else bias.double())
@@ -72,6 +74,16 @@ def test_however_inputs_are_split(device, per_processor):
         found = few_rows_product(x[:rows], weight, None, Arrivals(128, x.device), cut)
         expected = reference(x[:rows], weight, None)
         torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2 * expected.std().item())
+
+
+@pytest.mark.parametrize("device", ["cpu", DEVICES[1]])
+@pytest.mark.parametrize("silu", [True, False])
+@pytest.mark.parametrize("shape", [(1, 2 * 700), (3, 2 * 8)])
+def test_gates_are_those_of_float64(device, silu, shape):
+    both = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16)
+    gate, up = both.double().chunk(2, dim=1)
+    act = torch.nn.functional.silu(gate) if silu else torch.nn.functional.gelu(gate, approximate="tanh")
+    torch.testing.assert_close(gated_halves(both, silu).double(), act * up, rtol=1e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 8])
