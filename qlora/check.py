@@ -21,6 +21,7 @@ from qlora.data.splits import read_splits
 from qlora.data.store import Rows as RenderedRows
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
+from qlora.evaluation.tasks import require_tasks
 from qlora.fits import Free, free_now, shortfalls, slowed
 from qlora.merging.combination import combined_parameters
 from qlora.models.base import as_converted
@@ -117,6 +118,7 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
         shapes, adapter = _look_at_model(recipe, base, tokens, report, attempt) if base else (None, None)
     train, evaluation = _look_at_data(recipe, tokenizer, report, attempt, progress)
     problems += _missing_packages(recipe)
+    attempt(require_tasks, recipe.evaluate)
     report.warnings += _notes(recipe)
     if train is None or not train.rows:
         return report
@@ -344,4 +346,6 @@ def _notes(recipe: Recipe) -> list[Problem]:
         notes.append(Problem(what, "quantize.engine"))
     if recipe.evaluate.generate:
         notes.append(Problem("times leave out generating answers", "evaluate.generate"))
+    if recipe.evaluate.tasks:
+        notes.append(Problem("memory and times leave out the tasks of lm-eval", "evaluate.tasks"))
     return notes

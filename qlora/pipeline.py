@@ -123,6 +123,8 @@ class Pipeline:
         with self._session():
             if not self._is_current(STAGES["quantize"]):
                 stages.check_quantization(self.state)
+            if not self._is_current(STAGES["evaluate"]):
+                stages.check_evaluation(self.state)
             for stage in STAGES.values():
                 if stage.name == "evaluate" and self.state.splits.evaluation is None:
                     self.lineage.forget("evaluate")
