@@ -267,7 +267,8 @@ class Pipeline:
         facts = RunFacts.read(self.dirs.root)
         if facts.ladder is not None:
             self.out.print()
-            self.out.print(ladder_table(facts.ladder["rungs"], facts.ladder["rows"], facts.ladder["tokens"]))
+            width = self.out.width if self.out.is_terminal else None
+            self.out.print(ladder_table(facts.ladder["rungs"], facts.ladder["rows"], facts.ladder["tokens"], width))
             for note in ladder_notes(self.recipe):
                 self.out.print(note)
         for note in quantize_notes(self.lineage.metrics("quantize")):

@@ -70,4 +70,5 @@ def share_interval(share_S: np.ndarray, rows: int) -> list[float] | None:
 def inside_noise(figure_S: np.ndarray, other_S: np.ndarray) -> bool | None:
     """Whether two figures of the same draws may as well be equal: the interval of their difference has zero in it."""
     found = interval(figure_S - other_S)
-    return None if found is None else found[0] <= 0 <= found[1]
+    rounding = 1e-9 * abs(other_S[0])
+    return None if found is None else bool(found[0] <= rounding and found[1] >= -rounding)

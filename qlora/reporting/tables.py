@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
+from rich.console import Group
 from rich.table import Table
 
 NOISE = "≈"
@@ -26,10 +27,8 @@ class _Column:
             found = (found or {}).get(part)
         return found["value"] if isinstance(found, dict) else found
 
-    def half_width(self, rung: Mapping[str, Any]) -> float | None:
-        """Of its interval."""
-        low, high = (rung.get("intervals") or {}).get(self.key) or (0, 0)
-        return (high - low) / 2 or None
+    def interval(self, rung: Mapping[str, Any]) -> Sequence[float] | None:
+        return (rung.get("intervals") or {}).get(self.key)
 
     def cell(self, rung: Mapping[str, Any]) -> str:
         value = self.value(rung)
@@ -39,8 +38,18 @@ class _Column:
         return (NOISE if noise else "") + self.form.format(value)
 
     def uncertainty(self, rung: Mapping[str, Any]) -> str:
-        half = self.half_width(rung)
-        return "" if half is None else "±" + self.form.format(half)
+        """Half of the interval, or all of it where it lies on one side; nothing where no digit would show."""
+        value, found = self.value(rung), self.interval(rung)
+        if value is None or found is None:
+            return ""
+        low, high = found
+        sign = "+" if low >= value else "-" if high <= value else "±"
+        text = self.form.format((high - low) / (2 if sign == "±" else 1))
+        return sign + text if any(digit in "123456789" for digit in text) else ""
+
+    def width(self, rungs: Sequence[Mapping[str, Any]]) -> int:
+        texts = [text for rung in rungs for text in (self.cell(rung), self.uncertainty(rung))]
+        return max(map(len, [*self.title.split("\n"), *texts]))
 
 
 @dataclass(frozen=True)
@@ -55,29 +64,44 @@ class _TaskColumn(_Column):
     def value(self, rung: Mapping[str, Any]) -> float | None:
         return self._figure(rung).get("value")
 
-    def half_width(self, rung: Mapping[str, Any]) -> float | None:
-        error = self._figure(rung).get("stderr")
-        return STANDARD_ERRORS * error if error else None
+    def interval(self, rung: Mapping[str, Any]) -> Sequence[float] | None:
+        figure = self._figure(rung)
+        if figure.get("value") is None or figure.get("stderr") is None:
+            return None
+        half = STANDARD_ERRORS * figure["stderr"]
+        return figure["value"] - half, figure["value"] + half
 
 
-def ladder_table(rungs: Sequence[dict[str, Any]], rows: int, tokens: int) -> Table:
+def ladder_table(rungs: Sequence[dict[str, Any]], rows: int, tokens: int, width: int | None = None) -> Group:
     """The ladder, one line per rung, and below it how far its figures may be off; columns nobody measured are left out.
 
-    A figure that differs from the trained model's by no more than that is marked.
+    A figure that differs from the trained model's by no more than that is marked. Columns that are wider than `width`
+    together go on below.
     """
     title = f"The ladder: {rows} held-out rows, {tokens:,} answer tokens; KL and top-1 to the trained model"
-    table = Table(title=title, title_justify="left", title_style="", box=None, caption_justify="left", caption_style="")
-    table.add_column("model", no_wrap=True)
-    columns = _columns(rungs)
-    for column in columns:
-        table.add_column(column.title, justify="right", no_wrap=True, vertical="bottom")
+    labels = max(len(rung["label"]) for rung in rungs)
+    blocks: list[list[_Column]] = [[]]
+    for column in _columns(rungs):
+        taken = labels + 2 + sum(each.width(rungs) + 2 for each in [*blocks[-1], column])
+        if width is not None and blocks[-1] and taken > width:
+            blocks.append([])
+        blocks[-1].append(column)
+    return Group(title, *(_block(columns, rungs) for columns in blocks), *_notes(rungs))
+
+
+def _block(columns: Sequence[_Column], rungs: Sequence[dict[str, Any]]) -> Table:
+    labels = max(len(text) for text in ["model", *(rung["label"] for rung in rungs)])
+    widths = [labels, *(column.width(rungs) for column in columns)]
+    table = Table(box=None, width=sum(widths) + 2 * len(widths))  # however narrow the terminal is
+    for title, width in zip(["model", *(column.title for column in columns)], widths, strict=True):
+        side: Literal["left", "right"] = "right" if table.columns else "left"
+        table.add_column(title, justify=side, no_wrap=True, vertical="bottom", width=width)
     for rung in rungs:
         style = "bold" if rung["name"] in {"trained", "gptq"} else ""
         table.add_row(rung["label"], *(column.cell(rung) for column in columns), style=style)
         uncertain = [column.uncertainty(rung) for column in columns]
         if any(uncertain):
             table.add_row("", *uncertain, style="dim")
-    table.caption = _caption(rungs)
     return table
 
 
@@ -102,11 +126,11 @@ def _columns(rungs: Sequence[dict[str, Any]]) -> list[_Column]:
     return [column for column in columns if any(column.value(rung) is not None for rung in rungs)]
 
 
-def _caption(rungs: Sequence[dict[str, Any]]) -> str | None:
-    """What the marks mean; None where there are none."""
-    if not any(rung.get("intervals") for rung in rungs):
-        return None
-    text = "± is how far a figure may be off because other rows could have been held out (95 %)"
+def _notes(rungs: Sequence[dict[str, Any]]) -> list[str]:
+    """What the marks mean."""
+    notes = []
+    if any(rung.get("intervals") for rung in rungs):
+        notes.append("± how far other held-out rows could have moved a figure (95 %, bootstrap)")
     if any(any((rung.get("noise") or {}).values()) for rung in rungs):
-        text += f"\n{NOISE} differs from the trained model's by no more than other rows would make it"
-    return text
+        notes.append(f"{NOISE} not told apart from the trained model's: the difference is inside the noise")
+    return notes
