@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
+from qlora.data.calibration import general_rows
 from qlora.data.index import ProgressCallback, read_index
 from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.methods import unfit_rows
@@ -44,6 +45,7 @@ from qlora.quantization.preview import (
 )
 from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
+from qlora.recipe_measuring import GENERAL_LENGTH
 from qlora.training.arguments import training_arguments
 from qlora.training.launch import require_processes
 from qlora.training.plan import TrainingPlan, plan_batches, plan_training, rows_per_step
@@ -147,6 +149,8 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
             plan = attempt(plan_batches, recipe, lengths, longest, *asked, fewest=fewest)
     held_out = evaluation.rows if evaluation else None
     assert tokenizer is not None, "rows were rendered with it"
+    if recipe.evaluate.general is not None:
+        attempt(general_rows, recipe.evaluate.general, tokenizer, recipe.evaluate.general_tokens, GENERAL_LENGTH)
     calibration = attempt(preview_calibration, recipe, train.rows, tokenizer, held_out)
     if calibration is not None:
         report.calibration = calibration.parts

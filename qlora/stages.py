@@ -18,6 +18,7 @@ from qlora.recipe import Calibration, Quantize, Recipe
 
 if TYPE_CHECKING:
     from qlora.data.calibration import CalibrationRow
+    from qlora.data.rendering import RenderedRow
     from qlora.models.checkpoint import TensorSource
     from qlora.quantization import QuantizeReport
 
@@ -137,10 +138,11 @@ def check_quantization(run: Run) -> None:
 
 
 def check_evaluation(run: Run) -> None:
-    """Raise UserError for tasks that cannot be measured, before anything is trained."""
+    """Raise UserError for text and tasks that nothing could be measured on, before anything is trained."""
     from qlora.evaluation.tasks import require_tasks
 
     require_tasks(run.recipe.evaluate)
+    _general_rows(run)
 
 
 def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
@@ -312,11 +314,9 @@ def _quantizer(section: Quantize) -> Callable[..., QuantizeReport]:
 
 
 def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
-    from qlora.data.calibration import general_rows
     from qlora.evaluation.answers import metrics_of
     from qlora.evaluation.ladder import Settings, climb
     from qlora.evaluation.tasks import open_tasks
-    from qlora.recipe_measuring import GENERAL_LENGTH
     from qlora.rungs import rungs
 
     assert output is not None
@@ -325,9 +325,6 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
     section = run.recipe.evaluate
     rows = run.eval_rows.rows.good[: section.rows]
     compared = run.eval_rows.rows[: section.rows]
-    general = []
-    if section.general is not None:
-        general = general_rows(section.general, run.tokenizer, section.general_tokens, GENERAL_LENGTH)
     with open_tasks(section, run.tokenizer) as tasks:
         settings = Settings(
             section.batch_size,
@@ -338,11 +335,23 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
             general_batch=section.general_batch,
             tasks=tasks,
         )
+        general = _general_rows(run)
         ladder = climb(rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared, general=general)
     write_json(output / "ladder.json", ladder.to_json())
     if ladder.generations:
         write_json(output / "generations.json", {"rows": ladder.generations})
     return ladder.metrics()
+
+
+def _general_rows(run: Run) -> list[RenderedRow]:
+    """What evaluate.general names; empty if it names nothing."""
+    from qlora.data.calibration import general_rows
+    from qlora.recipe_measuring import GENERAL_LENGTH
+
+    section = run.recipe.evaluate
+    if section.general is None:
+        return []
+    return general_rows(section.general, run.tokenizer, section.general_tokens, GENERAL_LENGTH)
 
 
 def _release_memory() -> None:

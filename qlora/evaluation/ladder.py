@@ -184,8 +184,10 @@ class _Measure:
             size = settings.general_batch
             general = score(model, self.general, size, pad, self.about_general, is_reference=is_reference)
         asked = [row for row in self.rows if row.answer_text is not None] if settings.metrics else []
-        texts = generate(model, asked, self.tokenizer, settings.batch_size, settings.max_new_tokens)
-        right = judged(settings.metrics, asked, texts) if asked else {}
+        texts, right = [], {}
+        if asked:
+            texts = generate(model, asked, self.tokenizer, settings.batch_size, settings.max_new_tokens)
+            right = judged(settings.metrics, asked, texts)
         logps_A = None
         if self.compared:
             padded = partial(batches, size=settings.batch_size, pad_token_id=pad, device=input_device(model))
