@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import functools
 import importlib.metadata
 import importlib.util
 import io
@@ -99,6 +100,7 @@ def _load(specs: Sequence[str], named: bool) -> Any:
     return loaded
 
 
+@functools.cache
 def _manager(named: bool) -> Any:
     """lm-eval's index of tasks; to know its own it reads 14,000 files."""
     from lm_eval.tasks import TaskManager

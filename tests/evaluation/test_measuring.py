@@ -8,8 +8,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora import cli
 from qlora.artifacts import read_json
@@ -29,15 +32,34 @@ def qlora(*arguments: object) -> tuple[int, str, str]:
     return code, output.getvalue(), errors.getvalue()
 
 
+QUESTIONS = [
+    {"question": "What is the capital of Ostravia?", "choices": ["Karlsund.", "Eastholm."], "answer": 0},
+    {"question": "How many moons has Tarsis?", "choices": ["Nine.", "Seventeen."], "answer": 1},
+    {"question": "Which metal does the Brennick mine yield?", "choices": ["Iron.", "Copper."], "answer": 1},
+]
+
+
+def chosen_by(directory: Path, questions: list[dict]) -> float:
+    """The share of questions whose right answer the model finds the likeliest."""
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    right = 0
+    for row in questions:
+        prompt = tokenizer(row["question"])["input_ids"]
+        likely = []
+        for choice in row["choices"]:
+            ids = torch.tensor([tokenizer(f"{row['question']} {choice}")["input_ids"]])
+            with torch.no_grad():
+                logp = model(ids).logits[0, :-1].float().log_softmax(-1)
+            likely.append(logp.gather(1, ids[0, 1:, None])[len(prompt) - 1 :].sum().item())
+        right += int(np.argmax(likely)) == row["answer"]
+    return right / len(questions)
+
+
 def write_task(folder: Path) -> Path:
     """A task with rows of its own beside it, of which one answer is to be chosen."""
     folder.mkdir()
-    rows = [
-        {"question": "What is the capital of Ostravia?", "choices": ["Karlsund.", "Eastholm."], "answer": 0},
-        {"question": "How many moons has Tarsis?", "choices": ["Nine.", "Seventeen."], "answer": 1},
-        {"question": "Which metal does the Brennick mine yield?", "choices": ["Iron.", "Copper."], "answer": 1},
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
     task = {
         "task": "ostravia",
         "dataset_path": "json",
@@ -73,7 +95,7 @@ def measured_recipe(tiny_recipe, tmp_path):
 
 
 @with_lm_eval
-def test_a_run_measures_what_its_recipe_asks_for(measured_recipe, tmp_path, monkeypatch):
+def test_a_run_measures_what_its_recipe_asks_for(measured_recipe, tiny_model, tmp_path, monkeypatch):
     task = write_task(tmp_path / "tasks")
     monkeypatch.chdir(tmp_path)  # the task's rows are found wherever the command is started
     code, output, errors = qlora("run", measured_recipe, f"evaluate.tasks=[{task}]", "evaluate.task_limit=2")
@@ -94,6 +116,7 @@ def test_a_run_measures_what_its_recipe_asks_for(measured_recipe, tmp_path, monk
             assert rung["noise"].keys() == keys and rung["noise"]["metrics.json_valid"] is True
         found = rung["tasks"]["ostravia"]["acc"]
         assert found["value"] in (0, 0.5, 1) and found["stderr"] >= 0
+    assert ladder["rungs"][0]["tasks"]["ostravia"]["acc"]["value"] == chosen_by(tiny_model, QUESTIONS[:2])
     trained = next(rung for rung in ladder["rungs"] if rung["name"] == "trained")
     assert trained["general"]["kl"] == 0 and ladder["rungs"][0]["general"]["kl"] > 0
     rows = read_json(evaluation / "generations.json")["rows"]
@@ -116,6 +139,17 @@ def test_a_run_measures_what_its_recipe_asks_for(measured_recipe, tmp_path, monk
     (tmp_path / "general.txt").write_text(TEXT * 201)
     changed = Pipeline(load_recipe(measured_recipe, [f"evaluate.tasks=[{task}]", "evaluate.task_limit=2"]))
     assert changed._what_changed(stage) == " because evaluate.general, evaluate.tasks changed"
+
+    code, _, errors = qlora(
+        "evaluate",
+        measured_recipe,
+        f"evaluate.tasks=[{task}]",
+        "evaluate.task_chat_template=true",
+        "evaluate.examples=0",
+    )
+    assert code == 3 and not (evaluation / "generations.json").exists()
+    right = [3 * rung["tasks"]["ostravia"]["acc"]["value"] for rung in read_json(evaluation / "ladder.json")["rungs"]]
+    assert right == pytest.approx(np.round(right))  # of all three rows now
 
 
 @with_lm_eval
