@@ -54,9 +54,12 @@ def require_tasks(section: Evaluate) -> None:
 def task_digest(task: str) -> Any:
     """What changes when a task does: the content of its files, or its name and the version of lm-eval."""
     version = importlib.metadata.version("lm-eval") if importlib.util.find_spec("lm_eval") else None
-    if not _is_file(task) or not Path(task).is_file():
+    try:
+        found, files = _read(Path(task)) if _is_file(task) else ({}, [])
+    except (OSError, yaml.YAMLError):  # `require_tasks` says what is wrong with it
+        files = []
+    if not files:
         return [task, version]
-    found, files = _read(Path(task))
     data = [Path(name) for name in _listed(_data_files(found)) if Path(name).is_file()]
     return [version, *(file_digest(path) for path in [*files, *sorted(data)])]
 
@@ -75,7 +78,9 @@ def open_tasks(section: Evaluate, tokenizer: Any) -> Iterator[Callable[[Any], Fi
         raise UserError("there is no chat template", "evaluate.task_chat_template", "set data.chat_template")
     with tempfile.TemporaryDirectory() as folder:
         specs = [_beside(Path(task), Path(folder)) if _is_file(task) else task for task in section.tasks]
-        loaded = _load(specs, named=any(not _is_file(task) for task in section.tasks))
+        # A file may be a group of tasks that lm-eval knows.
+        named = any(not _is_file(task) or "group" in _read(Path(task))[0] for task in section.tasks)
+        loaded = _load(specs, named)
         tokenizer = copy.deepcopy(tokenizer)  # lm-eval changes its padding
         yield lambda model: _measure(model, tokenizer, loaded, section)
 
@@ -176,7 +181,8 @@ def _read(path: Path) -> tuple[dict[str, Any], list[Path]]:
 
 
 def _data_files(content: dict[str, Any]) -> Any:
-    return (content.get("dataset_kwargs") or {}).get("data_files")
+    arguments = content.get("dataset_kwargs")
+    return arguments.get("data_files") if isinstance(arguments, dict) else None
 
 
 def _absolute(named: Any, folder: Path) -> Any:

@@ -157,12 +157,14 @@ def test_tasks_that_are_not_there_are_refused_before_anything_is_trained(tiny_re
     task = write_task(tmp_path / "tasks")
     (tmp_path / "tasks/rows.jsonl").unlink()
     (tmp_path / "tasks/empty.yaml").write_text("metric: acc\n")
-    path = tiny_recipe(evaluate={"tasks": ["tasks/nowhere.yaml", str(task), "tasks/empty.yaml"]})
+    (tmp_path / "tasks/broken.yaml").write_text("task: [a\n")
+    path = tiny_recipe(evaluate={"tasks": ["tasks/nowhere.yaml", str(task), "tasks/empty.yaml", "tasks/broken.yaml"]})
     for command in ("check", "run"):
         code, output, errors = qlora(command, path)
         assert code == 2, errors
         assert f"{tmp_path}/tasks/nowhere.yaml: cannot be read: No such file" in errors
         assert "ostravia.yaml: names the data file rows.jsonl, which is not there" in errors
+        assert "broken.yaml: no YAML: while parsing a flow sequence" in errors
         assert "empty.yaml: no task of lm-eval: it has no key `task`" in errors
     assert not (tmp_path / "runs/tiny/adapter").exists()
 
