@@ -152,15 +152,8 @@ def climb(
     scores = [_score(rung, found, tasks.get(rung.name, {})) for rung in rungs]
     asked = [row for row in listed if row.answer_text is not None] if settings.metrics else []
     kept = [asked[index] for index in spread(len(asked), settings.examples)]
-    generations = [
-        {
-            "prompt": tokenizer.decode(row.input_ids[: row.prompt_length]),
-            "expected": row.answer_text,
-            "answers": {rung.name: texts[rung.name][id(row)] for rung in rungs},
-        }
-        for row in kept
-    ]
-    return Ladder(len(rows), tokens, scores, generations)
+    in_order = {rung.name: texts[rung.name] for rung in rungs}
+    return Ladder(len(rows), tokens, scores, _side_by_side(kept, in_order, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -194,6 +187,20 @@ class _Measure:
             logps_A = answer_logps(model, self.compared, padded).numpy()
         by_row = {id(row): text for row, text in zip(asked, texts, strict=True)}
         return Measured(rows, right, general, logps_A), by_row
+
+
+def _side_by_side(
+    rows: Sequence[RenderedRow], texts: dict[str, dict[int, str]], tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Rows of generations.json; `texts` has the answers by rung and by the id of their row."""
+    return [
+        {
+            "prompt": tokenizer.decode(row.input_ids[: row.prompt_length]),
+            "expected": row.answer_text,
+            "answers": {name: answers[id(row)] for name, answers in texts.items()},
+        }
+        for row in rows
+    ]
 
 
 def _score(rung: Rung, found: dict[str, Figures], tasks: dict[str, Any]) -> Score:
