@@ -145,7 +145,7 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
             records = recipe.train.processes == 1 and not recipe.lora.dropout
             plan = attempt(plan_training, recipe, lengths, *asked, padded=False, records=records)
         else:
-            longest, fewest = longest_of(train.rows), fewest_rows(recipe.train.method)
+            longest, fewest = longest_of(recipe.train.method, train.rows), fewest_rows(recipe.train.method)
             plan = attempt(plan_batches, recipe, lengths, longest, *asked, fewest=fewest)
     held_out = evaluation.rows if evaluation else None
     assert tokenizer is not None, "rows were rendered with it"
