@@ -13,6 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
+from qlora.data.calibration import general_rows
 from qlora.data.index import ProgressCallback, read_index
 from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.methods import unfit_rows
@@ -21,6 +22,7 @@ from qlora.data.splits import read_splits
 from qlora.data.store import Rows as RenderedRows
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
+from qlora.evaluation.tasks import require_tasks
 from qlora.fits import Free, free_now, shortfalls, slowed
 from qlora.merging.combination import combined_parameters
 from qlora.models.base import as_converted
@@ -43,6 +45,7 @@ from qlora.quantization.preview import (
 )
 from qlora.quantization.settings import GPTQSettings
 from qlora.recipe import Recipe
+from qlora.recipe_measuring import GENERAL_LENGTH
 from qlora.training.arguments import training_arguments
 from qlora.training.launch import require_processes
 from qlora.training.plan import TrainingPlan, plan_batches, plan_training, rows_per_step
@@ -117,6 +120,7 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
         shapes, adapter = _look_at_model(recipe, base, tokens, report, attempt) if base else (None, None)
     train, evaluation = _look_at_data(recipe, tokenizer, report, attempt, progress)
     problems += _missing_packages(recipe)
+    attempt(require_tasks, recipe.evaluate)
     report.warnings += _notes(recipe)
     if train is None or not train.rows:
         return report
@@ -145,6 +149,8 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
             plan = attempt(plan_batches, recipe, lengths, longest, *asked, fewest=fewest)
     held_out = evaluation.rows if evaluation else None
     assert tokenizer is not None, "rows were rendered with it"
+    if recipe.evaluate.general is not None:
+        attempt(general_rows, recipe.evaluate.general, tokenizer, recipe.evaluate.general_tokens, GENERAL_LENGTH)
     calibration = attempt(preview_calibration, recipe, train.rows, tokenizer, held_out)
     if calibration is not None:
         report.calibration = calibration.parts
@@ -344,4 +350,6 @@ def _notes(recipe: Recipe) -> list[Problem]:
         notes.append(Problem(what, "quantize.engine"))
     if recipe.evaluate.generate:
         notes.append(Problem("times leave out generating answers", "evaluate.generate"))
+    if recipe.evaluate.tasks:
+        notes.append(Problem("memory and times leave out the tasks of lm-eval", "evaluate.tasks"))
     return notes

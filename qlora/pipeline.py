@@ -123,6 +123,8 @@ class Pipeline:
         with self._session():
             if not self._is_current(STAGES["quantize"]):
                 stages.check_quantization(self.state)
+            if not self._is_current(STAGES["evaluate"]):
+                stages.check_evaluation(self.state)
             for stage in STAGES.values():
                 if stage.name == "evaluate" and self.state.splits.evaluation is None:
                     self.lineage.forget("evaluate")
@@ -265,7 +267,8 @@ class Pipeline:
         facts = RunFacts.read(self.dirs.root)
         if facts.ladder is not None:
             self.out.print()
-            self.out.print(ladder_table(facts.ladder["rungs"], facts.ladder["rows"], facts.ladder["tokens"]))
+            width = self.out.width if self.out.is_terminal else None
+            self.out.print(ladder_table(facts.ladder["rungs"], facts.ladder["rows"], facts.ladder["tokens"], width))
             for note in ladder_notes(self.recipe):
                 self.out.print(note)
         for note in quantize_notes(self.lineage.metrics("quantize")):

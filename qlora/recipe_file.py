@@ -26,6 +26,7 @@ PATH_KEYS = (
     ("lora", "start_from"),
     ("quantize", "calibration", "from"),
     ("quantize", "calibration", "mix", "from"),
+    ("evaluate", "general"),
 )
 
 
@@ -188,6 +189,12 @@ def _resolve_paths(data: dict[Any, Any], folder: Path) -> None:
     for part in combined if isinstance(combined, list) else []:
         if isinstance(part, dict) and isinstance(part.get("path"), str):
             part["path"] = _resolved(part["path"], folder)
+    evaluate = data.get("evaluate")
+    if isinstance(evaluate, dict) and isinstance(tasks := evaluate.get("tasks"), list):
+        files = (".yaml", ".yml")
+        evaluate["tasks"] = [
+            _resolved(task, folder) if isinstance(task, str) and task.endswith(files) else task for task in tasks
+        ]
     found = data.get("data")
     sources: dict[str, Any] = found if isinstance(found, dict) else {}
     train = sources.get("train")
@@ -206,7 +213,7 @@ def _resolved(text: str, folder: Path) -> str:
     return os.path.normpath(candidate) if looks_local else text
 
 
-LOCAL_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".gguf", ".jinja"}
+LOCAL_SUFFIXES = {".json", ".jsonl", ".csv", ".parquet", ".txt", ".gguf", ".jinja", ".yaml", ".yml"}
 
 
 def _problems(error: ValidationError, tree: Tree, recipe: str) -> list[Problem]:

@@ -18,6 +18,7 @@ from qlora.recipe import Calibration, Quantize, Recipe
 
 if TYPE_CHECKING:
     from qlora.data.calibration import CalibrationRow
+    from qlora.data.rendering import RenderedRow
     from qlora.models.checkpoint import TensorSource
     from qlora.quantization import QuantizeReport
 
@@ -102,10 +103,11 @@ class Run:
         """Digests of what the recipe reads besides the base, by key, for fingerprints: content, not paths."""
         from qlora.data.corpora import corpus_digest
         from qlora.data.sources import source_digest
+        from qlora.evaluation.tasks import task_digest
         from qlora.merging.combination import combined_digests
         from qlora.models.starting_adapter import starting_digest
 
-        data, calibration = self.recipe.data, self.recipe.quantize.calibration
+        data, calibration, measured = self.recipe.data, self.recipe.quantize.calibration, self.recipe.evaluate
         template = Path(data.chat_template) if data.chat_template else None
         return {
             "data.train": [source_digest(source) for source in data.train],
@@ -116,6 +118,8 @@ class Run:
             "lora.combine": combined_digests(self.recipe.lora.combine),
             "quantize.calibration.from": corpus_digest(calibration.from_),
             "quantize.calibration.mix.from": corpus_digest(calibration.mix.from_) if calibration.mix else None,
+            "evaluate.general": corpus_digest(measured.general) if measured.general else None,
+            "evaluate.tasks": [task_digest(task) for task in measured.tasks],
         }
 
 
@@ -131,6 +135,14 @@ def check_quantization(run: Run) -> None:
     config = read_config(base.directory, trust_remote_code=model.trust_remote_code)
     bare = skeleton(config, trust_remote_code=model.trust_remote_code)
     preview.check_quantization(run.recipe, training_shapes(bare, model, base.packed or base.directory))
+
+
+def check_evaluation(run: Run) -> None:
+    """Raise UserError for text and tasks that nothing could be measured on, before anything is trained."""
+    from qlora.evaluation.tasks import require_tasks
+
+    require_tasks(run.recipe.evaluate)
+    _general_rows(run)
 
 
 def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
@@ -302,7 +314,9 @@ def _quantizer(section: Quantize) -> Callable[..., QuantizeReport]:
 
 
 def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
+    from qlora.evaluation.answers import metrics_of
     from qlora.evaluation.ladder import Settings, climb
+    from qlora.evaluation.tasks import open_tasks
     from qlora.rungs import rungs
 
     assert output is not None
@@ -310,14 +324,34 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
         raise UserError("there is nothing to measure on", "data.eval", "name a file of held-out rows in data.eval")
     section = run.recipe.evaluate
     rows = run.eval_rows.rows.good[: section.rows]
-    settings = Settings(section.batch_size, section.generate, section.max_new_tokens, run.tokenizer.pad_token_id)
     compared = run.eval_rows.rows[: section.rows]
-    scores = climb(rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared)
-    tokens = sum(row.supervised_tokens for row in rows)
-    write_json(
-        output / "ladder.json", {"rows": len(rows), "tokens": tokens, "rungs": [asdict(score) for score in scores]}
-    )
-    return {f"{score.name}_{key}": value for score in scores for key, value in asdict(score).items() if key != "label"}
+    with open_tasks(section, run.tokenizer) as tasks:
+        settings = Settings(
+            section.batch_size,
+            section.max_new_tokens,
+            run.tokenizer.pad_token_id,
+            metrics=metrics_of(section),
+            examples=section.examples,
+            general_batch=section.general_batch,
+            tasks=tasks,
+        )
+        general = _general_rows(run)
+        ladder = climb(rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared, general=general)
+    write_json(output / "ladder.json", ladder.to_json())
+    if ladder.generations:
+        write_json(output / "generations.json", {"rows": ladder.generations})
+    return ladder.metrics()
+
+
+def _general_rows(run: Run) -> list[RenderedRow]:
+    """What evaluate.general names; empty if it names nothing."""
+    from qlora.data.calibration import general_rows
+    from qlora.recipe_measuring import GENERAL_LENGTH
+
+    section = run.recipe.evaluate
+    if section.general is None:
+        return []
+    return general_rows(section.general, run.tokenizer, section.general_tokens, GENERAL_LENGTH)
 
 
 def _release_memory() -> None:

@@ -39,13 +39,17 @@ def _failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
         ("top1", "top-1 agreement", "gptq", "top1", gates.top1, "at least"),
         ("gain_retained", "gain retained", "gptq", "gain_retained", gates.gain_retained, "at least"),
         ("exact_match", "exact match", "gptq", "exact_match", gates.exact_match, "at least"),
+        *(
+            (f"metrics.{name}", name, "gptq", f"metrics.{name}", limit, "at least")
+            for name, limit in gates.metrics.items()
+        ),
         ("preferred", "preferred answers", "gptq", "preferred", gates.preferred, "at least"),
     ]
     problems = []
     for key, title, rung, figure, limit, relation in checks:
         if limit is None or (key == "merge_kl" and not recipe.merges_exactly):
             continue
-        value = rungs[rung][figure]
+        value = _figure(rungs[rung], figure)
         shown = "not defined" if value is None else f"{value:.4f}"
         if value is None or (value > limit if relation == "at most" else value < limit):
             problems.append(
@@ -56,6 +60,13 @@ def _failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
                 )
             )
     return problems
+
+
+def _figure(rung: dict[str, Any], key: str) -> float | None:
+    """A figure by its key: `kl`, or `metrics.NAME`. None where it was not measured."""
+    for part in key.split("."):
+        rung = (rung or {}).get(part)  # type: ignore[assignment]
+    return rung  # type: ignore[return-value]
 
 
 ADVICE = {

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qlora.data.corpora import corpus_texts
+from qlora.data.corpora import GENERAL, corpus_texts
 from qlora.data.rendering import IGNORED, RenderedRow
 from qlora.data.store import Rows, digest_of
 from qlora.data.templates import adds_bos
@@ -94,6 +94,16 @@ def refinement_rows(
     return calibration_rows(many, train, tokenizer, seed=seed, exclude=exclude, used=deciding), deciding
 
 
+def general_rows(
+    source: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, tokens: int, max_length: int
+) -> list[RenderedRow]:
+    """Rows of the text that `evaluate.general` names, with a label at every token; about `tokens` of them, always the
+    same. Raises as `calibration_rows` does."""
+    draw = _Draw(Rows.of([]), None, (), tokenizer, max_length, random.Random(0), GENERAL)
+    found = (list(row.input_ids) for row in draw.tokens(source, tokens))
+    return [RenderedRow(ids, ids, 0, False, None) for ids in found]
+
+
 @dataclass(frozen=True)
 class _Draw:
     """Draws rows of each kind, with one generator for all of them."""
@@ -104,6 +114,8 @@ class _Draw:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
     rng: random.Random
+    key: str = "quantize.calibration"
+    """Of the recipe, what asks for the rows."""
 
     def rows(self, source: str | Sequence[str], count: int) -> Iterable[CalibrationRow]:
         """`count` rows of a kind that `quantize.calibration.from` names, or all there are."""
@@ -157,13 +169,13 @@ class _Draw:
         encoded = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
         empty = [repr(text) for text, ids in zip(texts, encoded, strict=True) if not ids]
         if empty:
-            raise UserError(f"a text without tokens: {empty[0]}", "quantize.calibration", "leave it out")
+            raise UserError(f"a text without tokens: {empty[0]}", self.key, "leave it out")
         drawn = self.rng.sample(encoded, min(count, len(encoded)))
         return [CalibrationRow(tuple((self._prefix + ids)[: self.max_length]), None) for ids in drawn]
 
     def _windows(self, name: str, count: int) -> list[CalibrationRow]:
         """Rows of `max_length` tokens, from windows spread evenly over the corpus; each starts at a line or a word."""
-        corpus = "\n\n".join(corpus_texts(name))
+        corpus = "\n\n".join(corpus_texts(name, GENERAL) if self.key == GENERAL else corpus_texts(name))
         needed = self.max_length * _CHARACTERS_PER_TOKEN
         latest = max(0, len(corpus) - needed)
         rows = []
@@ -176,8 +188,8 @@ class _Draw:
             if len(ids) < self.max_length:
                 raise UserError(
                     f"{name} is too short: {len(corpus)} characters, and a row needs {self.max_length} tokens",
-                    where="quantize.calibration",
-                    fix="give more text, or lower quantize.calibration.max_length",
+                    where=self.key,
+                    fix="give more text" + ("" if self.key == GENERAL else f", or lower {self.key}.max_length"),
                 )
             rows.append(CalibrationRow(tuple(ids[: self.max_length]), None))
         return rows

@@ -1,4 +1,7 @@
-"""General text by the names that the field calibrates on: `wikitext2`, `c4`, any data set of the hub, or a file."""
+"""General text by the names that the field uses: `wikitext2`, `c4`, any data set of the hub, or a file.
+
+The two that have a name have a part to calibrate on and another one to measure on.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,9 @@ from pathlib import Path
 from qlora.artifacts import file_digest
 from qlora.data.sources import SUFFIXES, is_local, load_texts
 from qlora.errors import UserError
+
+GENERAL = "evaluate.general"
+"""The key of the recipe that names text to measure on."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +32,27 @@ NAMED_CORPORA = {
     "wikitext2": _HubTexts("Salesforce/wikitext", config="wikitext-2-raw-v1"),
     "c4": _HubTexts("allenai/c4", data_files="en/c4-train.00000-of-01024.json.gz", split="train[:20000]"),
 }
+# What the field measures perplexity on, under the same names.
+HELD_OUT_CORPORA = {
+    "wikitext2": _HubTexts("Salesforce/wikitext", config="wikitext-2-raw-v1", split="test"),
+    "c4": _HubTexts(
+        "allenai/c4", data_files="en/c4-validation.00000-of-00008.json.gz", split="train[:20000]"
+    ),  # the split that files are in which are named
+}
 
 
-def corpus_texts(name: str) -> list[str]:
+def corpus_texts(name: str, key: str = "quantize.calibration.from") -> list[str]:
     """The texts of a named corpus, a file (.txt: its paragraphs; else its column `text`) or a hub data set.
+
+    key: of the recipe that names it; the text of `evaluate.general` is the part that is held out.
 
     Raises `UserError` for a missing or unreadable file, a data set that cannot be read (no network, wrong id) and one
     without a column `text`.
     """
     if corpus_file(name) is not None:
         return load_texts(name)
-    return _hub_texts(NAMED_CORPORA.get(name) or _HubTexts(name))
+    named = HELD_OUT_CORPORA if key == GENERAL else NAMED_CORPORA
+    return _hub_texts(named.get(name) or _HubTexts(name), key)
 
 
 def corpus_file(name: str) -> Path | None:
@@ -48,7 +64,8 @@ def corpus_file(name: str) -> Path | None:
 
 
 def corpus_digest(source: str | Sequence[str]) -> str | Sequence[str]:
-    """What changes when the texts that `quantize.calibration.from` names do: a file's digest, else the value itself.
+    """What changes when the texts that a key such as `quantize.calibration.from` names do: a file's digest, else the
+    value itself.
 
     Texts of the hub go by their name.
     """
@@ -56,11 +73,11 @@ def corpus_digest(source: str | Sequence[str]) -> str | Sequence[str]:
     return file_digest(file) if file is not None and file.is_file() else source
 
 
-def _hub_texts(wanted: _HubTexts) -> list[str]:
+def _hub_texts(wanted: _HubTexts, key: str) -> list[str]:
     import datasets
     import httpx
 
-    fix = "name a text file instead (.txt, or rows with a column `text`): quantize.calibration.from: general.txt"
+    fix = f"name a text file instead (.txt, or rows with a column `text`): {key}: general.txt"
     where = f"hub data set {wanted.id} [{wanted.split}]"
     try:
         rows = datasets.load_dataset(

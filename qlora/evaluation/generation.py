@@ -1,4 +1,4 @@
-"""Greedy generation from the prompts of held-out rows, and exact match with their answers."""
+"""Greedy generation from the prompts of held-out rows."""
 
 from __future__ import annotations
 
@@ -9,21 +9,6 @@ import torch
 
 from qlora.data.rendering import RenderedRow
 from qlora.models.placement import input_device
-
-
-def exact_match(
-    model: Any, rows: Sequence[RenderedRow], tokenizer: Any, batch_size: int, max_new_tokens: int
-) -> float | None:
-    """Share of rows whose generated answer equals the reference, white space at the ends aside.
-
-    None if no row has an answer (plain text rows).
-    """
-    asked = [row for row in rows if row.answer_text is not None]
-    if not asked:
-        return None
-    texts = generate(model, asked, tokenizer, batch_size, max_new_tokens)
-    pairs = zip(texts, asked, strict=True)
-    return sum(text.strip() == str(row.answer_text).strip() for text, row in pairs) / len(asked)
 
 
 @torch.inference_mode()

@@ -3,38 +3,35 @@
 Rungs: base in 16 bits, base in 4 bits, trained, merged, GPTQ. For each: loss = mean negative log-likelihood per answer
 token (nats), perplexity = exp(loss), KL = mean over answer tokens of KL(trained ‖ rung) over the vocabulary (nats),
 top-1 = share of answer tokens where both pick the same token, gain retained = (base − rung) / (base − trained) of the
-loss, exact match of greedy generations where asked for, and which answers are preferred where rows have some to compare
-(`preferences`).
+loss, and where asked for: metrics of greedy generations (`answers`), loss and KL on general text, tasks of lm-eval
+(`tasks`), and which answers are preferred where rows have some to compare (`preferences`).
 
-Shapes: B rows, T tokens, N answer tokens of all rows, V vocabulary.
+This module loads the models one after the other and keeps what is measured of each; `figures` makes figures of it.
 """
 
 from __future__ import annotations
 
 import gc
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from qlora.artifacts import require_disk
 from qlora.data.rendering import RenderedRow
 from qlora.errors import UserError
-from qlora.evaluation.generation import exact_match
-from qlora.evaluation.preferences import answer_logps, answers_of, preferred
+from qlora.evaluation.answers import Metric, judged, spread
+from qlora.evaluation.bootstrap import CONFIDENCE
+from qlora.evaluation.figures import BASE, START, TRAINED, Figures, Measured, figures_of
+from qlora.evaluation.generation import generate
+from qlora.evaluation.preferences import answer_logps, answers_of
+from qlora.evaluation.scoring import Reference, batches, labelled_tokens, score
 from qlora.models.placement import input_device
 
-TRAINED = "trained"
-BASE = "base"
-START = "nf4"
-"""What is trained on, where that is not the base itself."""
-VOCABULARY_CHUNK = 2048  # answer tokens whose fp32 log-probabilities are held at once
+__all__ = ["BASE", "START", "TRAINED", "Ladder", "Rung", "Score", "Settings", "climb", "release_memory"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,11 @@ class Rung:
 
 @dataclass(frozen=True)
 class Score:
-    """Figures of one rung; see the module docstring. None where not measured or not defined."""
+    """Figures of one rung; see the module docstring. None or missing where not measured or not defined.
+
+    intervals: [low, high] of figures by key, those of metrics and general text as `metrics.NAME` and `general.loss`.
+    noise: by key, whether the difference to the trained model is inside the noise.
+    """
 
     name: str
     label: str
@@ -60,46 +61,47 @@ class Score:
     exact_match: float | None = None
     preferred: float | None = None
     margin: float | None = None
+    intervals: dict[str, list[float]] = field(default_factory=dict)
+    noise: dict[str, bool] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    general: dict[str, float] | None = None
+    tasks: dict[str, dict[str, dict[str, float | None]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Settings:
-    batch_size: int
-    generate: bool
-    max_new_tokens: int
-    pad_token_id: int
+    """How rows are measured, and what of them.
 
-
-class Reference:
-    """The trained model's log-probabilities on every answer token, spooled to disk.
-
-    fp16 keeps a log-probability to 1 part in 2048, which moves the KL by about 1e-6. The argmax is kept exactly.
+    metrics: of generated answers; none where nothing is generated. examples: rows whose answers are kept.
+    general_batch: rows of general text in a forward pass. tasks: measures lm-eval's tasks of a model.
     """
 
-    def __init__(self, path: Path, tokens: int) -> None:
-        self.path, self.tokens = path, tokens
-        self._logp_NV: np.memmap | None = None
-        self.top_N = np.zeros(tokens, dtype=np.int64)
+    batch_size: int
+    max_new_tokens: int
+    pad_token_id: int
+    metrics: Sequence[Metric] = ()
+    examples: int = 0
+    general_batch: int = 8
+    tasks: Callable[[Any], dict[str, Any]] | None = None
 
-    def store(self, start: int, logp_NV: torch.Tensor) -> None:
-        if self._logp_NV is None:
-            shape = (self.tokens, logp_NV.shape[1])
-            require_disk(
-                self.path.parent, 2 * math.prod(shape), "the trained model's log-probabilities (evaluate.rows)"
-            )
-            self._logp_NV = np.memmap(self.path, dtype=np.float16, mode="w+", shape=shape)
-        stop = start + len(logp_NV)
-        self._logp_NV[start:stop] = logp_NV.clamp(min=-6e4).half().cpu().numpy()
-        self.top_N[start:stop] = logp_NV.argmax(-1).cpu().numpy()
 
-    def read(self, start: int, stop: int, device: torch.device) -> torch.Tensor:
-        assert self._logp_NV is not None, "the trained rung is scored first"
-        stored_NV = torch.from_numpy(np.array(self._logp_NV[start:stop])).to(device)
-        return stored_NV.float().log_softmax(-1)  # sums to one again, so that the KL is never negative
+@dataclass(frozen=True)
+class Ladder:
+    """Scores in the order of the rungs, and the generated answers that were kept, as generations.json has them."""
 
-    def discard(self) -> None:
-        self._logp_NV = None
-        self.path.unlink(missing_ok=True)
+    rows: int
+    tokens: int
+    scores: list[Score]
+    generations: list[dict[str, Any]]
+
+    def to_json(self) -> dict[str, Any]:
+        """As ladder.json has it."""
+        rungs = [asdict(each) for each in self.scores]
+        return {"rows": self.rows, "tokens": self.tokens, "confidence": CONFIDENCE, "rungs": rungs}
+
+    def metrics(self) -> dict[str, Any]:
+        """Flat, for the lineage and trackers: `gptq_kl`, `gptq_metrics.json_valid`, `gptq_general.loss`."""
+        return {f"{each.name}_{key}": value for each in self.scores for key, value in _flat(each).items()}
 
 
 def climb(
@@ -111,33 +113,33 @@ def climb(
     progress: Callable[[int, int, str], None],
     compared: Sequence[RenderedRow] = (),
     observe: Sequence[Callable[[Rung, Any], None]] = (),
-) -> list[Score]:
-    """Score every rung, the trained one first (it is the reference), and return them in the order given.
+    general: Sequence[RenderedRow] = (),
+) -> Ladder:
+    """Score every rung, the trained one first (it is the reference).
 
     compared: rows with answers of which one is better; rewards are against the rung that training began from.
+    general: rows of general text.
     observe: each is called with every rung and its model, while that is loaded.
     """
-    rows = sorted(rows, key=lambda row: len(row.input_ids), reverse=True)
-    tokens = sum(label != -100 for row in rows for label in row.labels[1:])
+    listed = list(rows)  # stored rows are made anew every time they are asked for
+    rows = sorted(listed, key=lambda row: len(row.input_ids), reverse=True)
+    tokens = labelled_tokens(rows)
     if not tokens:
         raise UserError("no answer token in data.eval", "data.eval", "`qlora check` shows how its rows are rendered")
     reference = Reference(scratch / "reference.f16", tokens)
-    raw: dict[str, tuple[float, float, float, float | None]] = {}
-    answers, logps = answers_of(compared), {}
+    about_general = Reference(scratch / "general.f16", labelled_tokens(general), "evaluate.general_tokens")
+    measure = _Measure(rows, answers_of(compared), general, tokenizer, settings, reference, about_general)
+    measured: dict[str, Measured] = {}
+    texts: dict[str, dict[int, str]] = {}
+    tasks: dict[str, dict[str, Any]] = {}
     try:
         order = sorted(rungs, key=lambda rung: rung.name != TRAINED)
         for index, rung in enumerate(order):
             progress(index, len(order), rung.label)
             model = rung.load()
-            loss, kl, top1 = score(model, rows, settings, reference, is_reference=rung.name == TRAINED)
-            matches = None
-            if settings.generate:
-                matches = exact_match(model, rows, tokenizer, settings.batch_size, settings.max_new_tokens)
-            raw[rung.name] = (loss, kl, top1, matches)
-            if answers:
-                padded = partial(batches, size=settings.batch_size, pad_token_id=settings.pad_token_id)
-                device = input_device(model)
-                logps[rung.name] = answer_logps(model, answers, partial(padded, device=device))
+            measured[rung.name], texts[rung.name] = measure(model, is_reference=rung.name == TRAINED)
+            if settings.tasks is not None:
+                tasks[rung.name] = settings.tasks(model)
             for look in observe:
                 look(rung, model)
             del model
@@ -145,77 +147,89 @@ def climb(
         progress(len(order), len(order), "")
     finally:
         reference.discard()
-    scores = [_score(rung, raw) for rung in rungs]
-    before = next((name for name in (START, BASE) if name in logps), None)
-    if before is None:
-        return scores
-    return [_with_preferences(each, answers, logps, before) for each in scores]
+        about_general.discard()
+    found = figures_of(measured, np.array([row.answer_text is not None for row in rows]), measure.compared)
+    scores = [_score(rung, found, tasks.get(rung.name, {})) for rung in rungs]
+    asked = [row for row in listed if row.answer_text is not None] if settings.metrics else []
+    kept = [asked[index] for index in spread(len(asked), settings.examples)]
+    in_order = {rung.name: texts[rung.name] for rung in rungs}
+    return Ladder(len(rows), tokens, scores, _side_by_side(kept, in_order, tokenizer))
 
 
-def _score(rung: Rung, raw: dict[str, tuple[float, float, float, float | None]]) -> Score:
-    loss, kl, top1, matches = raw[rung.name]
-    gain = raw[BASE][0] - raw[TRAINED][0] if BASE in raw else 0.0
-    retained = (raw[BASE][0] - loss) / gain if gain > 0 else None
-    return Score(rung.name, rung.label, loss, math.exp(min(loss, 700.0)), kl, top1, retained, matches)
+@dataclass(frozen=True)
+class _Measure:
+    """Measures a model on everything that is asked for."""
+
+    rows: Sequence[RenderedRow]
+    compared: Sequence[RenderedRow]
+    general: Sequence[RenderedRow]
+    tokenizer: Any
+    settings: Settings
+    reference: Reference
+    about_general: Reference
+
+    def __call__(self, model: Any, *, is_reference: bool) -> tuple[Measured, dict[int, str]]:
+        """What was measured, and the generated answers by the id of their row."""
+        settings, pad = self.settings, self.settings.pad_token_id
+        rows = score(model, self.rows, settings.batch_size, pad, self.reference, is_reference=is_reference)
+        general = None
+        if self.general:
+            size = settings.general_batch
+            general = score(model, self.general, size, pad, self.about_general, is_reference=is_reference)
+        asked = [row for row in self.rows if row.answer_text is not None] if settings.metrics else []
+        texts, right = [], {}
+        if asked:
+            texts = generate(model, asked, self.tokenizer, settings.batch_size, settings.max_new_tokens)
+            right = judged(settings.metrics, asked, texts)
+        logps_A = None
+        if self.compared:
+            padded = partial(batches, size=settings.batch_size, pad_token_id=pad, device=input_device(model))
+            logps_A = answer_logps(model, self.compared, padded).numpy()
+        by_row = {id(row): text for row, text in zip(asked, texts, strict=True)}
+        return Measured(rows, right, general, logps_A), by_row
 
 
-def _with_preferences(
-    found: Score, answers: Sequence[RenderedRow], logps: dict[str, torch.Tensor], before: str
-) -> Score:
-    if found.name in (before, BASE):
-        return found
-    share, margin = preferred(answers, logps[found.name], logps[before])
-    return found if math.isnan(share) else replace(found, preferred=share, margin=margin)
+def _side_by_side(
+    rows: Sequence[RenderedRow], texts: dict[str, dict[int, str]], tokenizer: Any
+) -> list[dict[str, Any]]:
+    """Rows of generations.json; `texts` has the answers by rung and by the id of their row."""
+    return [
+        {
+            "prompt": tokenizer.decode(row.input_ids[: row.prompt_length]),
+            "expected": row.answer_text,
+            "answers": {name: answers[id(row)] for name, answers in texts.items()},
+        }
+        for row in rows
+    ]
 
 
-@torch.inference_mode()
-def score(
-    model: Any, rows: Sequence[RenderedRow], settings: Settings, reference: Reference, *, is_reference: bool
-) -> tuple[float, float, float]:
-    """(loss, KL to the reference, top-1 agreement) over the answer tokens of `rows`."""
-    loss = kl = agreed = 0.0
-    start = 0
-    device = input_device(model)
-    for ids_BT, mask_BT, labels_BT in batches(rows, settings.batch_size, settings.pad_token_id, device):
-        logits_BTV = model(input_ids=ids_BT, attention_mask=mask_BT).logits
-        answer_BT = labels_BT[:, 1:] != -100
-        logits_NV, target_N = logits_BTV[:, :-1][answer_BT], labels_BT[:, 1:][answer_BT]
-        del logits_BTV
-        for logits_nV, target_n in zip(
-            logits_NV.split(VOCABULARY_CHUNK), target_N.split(VOCABULARY_CHUNK), strict=True
-        ):
-            logp_nV = logits_nV.float().log_softmax(-1)
-            loss += F.nll_loss(logp_nV, target_n, reduction="sum").item()
-            stop = start + len(target_n)
-            if is_reference:
-                reference.store(start, logp_nV)
-                agreed += len(target_n)
-            else:
-                ref_nV = reference.read(start, stop, device)
-                kl += (ref_nV.exp() * (ref_nV - logp_nV)).sum().item()
-                agreed += (logp_nV.argmax(-1).cpu().numpy() == reference.top_N[start:stop]).sum().item()
-            start = stop
-    if not math.isfinite(loss):
-        raise UserError("the model's loss is not a finite number", "data.eval", "a stage before this one diverged")
-    return loss / start, kl / start, agreed / start
+def _score(rung: Rung, found: dict[str, Figures], tasks: dict[str, Any]) -> Score:
+    figures = found[rung.name]
+    always = {key: float(figures.figures[key][0]) for key in ("loss", "perplexity", "kl", "top1")}
+    optional = {key: figures.value(key) for key in ("gain_retained", "exact_match", "preferred", "margin")}
+    return Score(
+        rung.name,
+        rung.label,
+        **always,
+        **optional,  # type: ignore[arg-type]
+        intervals=figures.intervals(),
+        noise=figures.noise(found[TRAINED]) if rung.name != TRAINED else {},
+        metrics=figures.below("metrics"),
+        general=figures.below("general") or None,
+        tasks=tasks,
+    )
 
 
-def batches(
-    rows: Sequence[RenderedRow], size: int, pad_token_id: int, device: torch.device | str
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Right-padded (input_ids, attention_mask, labels), each int64 [B, T]; pads are masked and unlabelled."""
-    for first in range(0, len(rows), size):
-        chunk = rows[first : first + size]
-        width = max(len(row.input_ids) for row in chunk)
-        ids_BT = torch.full((len(chunk), width), pad_token_id)
-        mask_BT = torch.zeros_like(ids_BT)
-        labels_BT = torch.full_like(ids_BT, -100)
-        for index, row in enumerate(chunk):
-            length = len(row.input_ids)
-            ids_BT[index, :length] = torch.tensor(row.input_ids)
-            mask_BT[index, :length] = 1
-            labels_BT[index, :length] = torch.tensor(row.labels)
-        yield ids_BT.to(device), mask_BT.to(device), labels_BT.to(device)
+def _flat(score: Score) -> dict[str, float | None]:
+    plain: dict[str, float | None] = {
+        key: value for key, value in asdict(score).items() if not isinstance(value, (dict, str))
+    }
+    below: dict[str, float | None] = {f"metrics.{key}": value for key, value in score.metrics.items()}
+    below |= {f"general.{key}": value for key, value in (score.general or {}).items()}
+    below |= {
+        f"tasks.{task}.{name}": figure["value"] for task, found in score.tasks.items() for name, figure in found.items()
+    }
+    return plain | below
 
 
 def release_memory() -> None:

@@ -5,18 +5,20 @@ nats, with p₀ the base that was trained on (Rafailov et al. 2023, arXiv:2305.1
 *preferred* is the share in which the better answer has the larger reward, *margin* the mean difference. Of judged
 answers, it is the share of all pairs of a good and a bad one (ties count half), and the difference of the means.
 
-Shapes: A answers.
+Shapes: A answers, P pairs, G good and B bad answers, S draws of the bootstrap.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora.data.rendering import IGNORED, RenderedRow
+from qlora.evaluation.bootstrap import counts, ratio, sums
 
 
 def answers_of(rows: Sequence[RenderedRow]) -> list[RenderedRow]:
@@ -48,16 +50,57 @@ def answer_logps(model: Any, answers: Sequence[RenderedRow], batches: Callable[.
     return logps_A
 
 
-def preferred(answers: Sequence[RenderedRow], logps_A: torch.Tensor, before_A: torch.Tensor) -> tuple[float, float]:
-    """(share of comparisons that the better answer wins, mean margin in nats); see the module's docstring."""
-    rewards_A = logps_A - before_A
-    if answers[0].good is None:
-        better_P, worse_P = rewards_A[0::2], rewards_A[1::2]
-        return (better_P > worse_P).double().mean().item(), (better_P - worse_P).mean().item()
-    good_A = torch.tensor([row.good for row in answers])
-    good_G, bad_B = rewards_A[good_A], rewards_A[~good_A]
-    if not len(good_G) or not len(bad_B):
-        return float("nan"), float("nan")
-    difference_GB = good_G[:, None] - bad_B[None]
-    wins = (difference_GB > 0).double().mean() + (difference_GB == 0).double().mean() / 2
-    return wins.item(), (good_G.mean() - bad_B.mean()).item()
+@dataclass(frozen=True)
+class Pairs:
+    """Pairs of a better and a worse answer: whether the better one wins, and by how much."""
+
+    wins_P: np.ndarray
+    margins_P: np.ndarray
+
+    @property
+    def independent(self) -> int:
+        """How many comparisons that have no answer in common there are."""
+        return len(self.wins_P)
+
+    def figures(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        total = sums({"wins": self.wins_P, "margins": self.margins_P}, seed)
+        return total["wins"] / len(self.wins_P), total["margins"] / len(self.wins_P)
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Answers that are good or bad, and their rewards; all of a kind are compared with all of the other."""
+
+    rewards_A: np.ndarray
+    good_A: np.ndarray
+
+    @property
+    def independent(self) -> int:
+        return int(min(self.good_A.sum(), (~self.good_A).sum()))
+
+    def figures(self, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        found = [self._of(counts_sA) for counts_sA in counts(len(self.good_A), seed)]
+        share_S, margin_S = (np.concatenate(parts) for parts in zip(*found, strict=True))
+        return share_S, margin_S
+
+    def _of(self, counts_sA: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of some draws, each pair as often as the draw has both of its answers."""
+        good_G, bad_B = self.rewards_A[self.good_A], self.rewards_A[~self.good_A]
+        order_B = np.argsort(bad_B)
+        good_sG, bad_sB = counts_sA[:, self.good_A], counts_sA[:, ~self.good_A][:, order_B]
+        below_sB = np.concatenate([np.zeros((len(counts_sA), 1)), bad_sB.cumsum(1)], axis=1)  # bad answers up to each
+        first_G, last_G = (np.searchsorted(bad_B[order_B], good_G, side) for side in ("left", "right"))
+        wins_s = (good_sG * (below_sB[:, first_G] + below_sB[:, last_G]) / 2).sum(1)  # ties count half
+        goods_s, bads_s = good_sG.sum(1), bad_sB.sum(1)
+        margin_s = ratio(good_sG @ good_G, goods_s) - ratio(bad_sB @ bad_B[order_B], bads_s)
+        return ratio(wins_s, goods_s * bads_s), margin_s
+
+
+def comparisons(answers: Sequence[RenderedRow], rewards_A: np.ndarray) -> Pairs | Judged:
+    """What rewards say of answers, as `answers_of` has them. Both have `figures`: (share of comparisons that the better
+    answer wins, mean margin in nats), each [1 + S] as `qlora.evaluation.bootstrap` has figures, NaN of no comparison.
+    """
+    if answers[0].good is not None:
+        return Judged(rewards_A, np.array([bool(row.good) for row in answers]))
+    margins_P = rewards_A[0::2] - rewards_A[1::2]
+    return Pairs((margins_P > 0).astype(np.float64), margins_P)

@@ -22,6 +22,7 @@ from qlora.models.resources import (
 from qlora.models.shapes import AdapterShapes, ModelShapes, forward_flops
 from qlora.models.training_memory import Trained, base_bytes
 from qlora.recipe import Recipe
+from qlora.recipe_measuring import GENERAL_LENGTH
 
 QUANTIZE_RATE = {"cuda": 1e9, "cpu": 12e6}  # parameters/s to 4-bit and back in the merge; per core on a CPU
 SHARE_OF_FREE = 0.9  # of a GPU's memory, what evaluation takes at most where the recipe does not say
@@ -89,6 +90,8 @@ def scoring_parts(recipe: Recipe, shapes: ModelShapes, longest: int, longest_ans
     """Bytes that evaluation holds beside a model, by name, from tokens of the longest row and the longest answer."""
     itemsize, section = BYTES[recipe.model.dtype], recipe.evaluate
     batch, answers = section.batch_size * longest, section.batch_size * longest_answer
+    if section.general is not None:
+        batch, answers = (max(tokens, section.general_batch * GENERAL_LENGTH) for tokens in (batch, answers))
     generated = section.batch_size * (longest + section.max_new_tokens) if section.generate else 0
     return {
         "logits": (batch + answers) * shapes.vocab_size * itemsize,
@@ -109,6 +112,8 @@ def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
     rows, whole = work.evaluation, itemsize * shapes.total
     parts = {"model in 16 bits": whole, **scoring_parts(recipe, shapes, rows.longest, work.eval_longest_answer)}
     models = 3 + recipe.model.requantizes + recipe.merge.write  # base, trained, GPTQ; NF4; merged
+    general = recipe.evaluate.general_tokens if recipe.evaluate.general is not None else 0
+    flops = forward_flops(shapes, rows.longest) * rows.tokens + forward_flops(shapes, GENERAL_LENGTH) * general
     # What training held the base in stays on the GPU; of others, what is computed with.
     least = max(base_bytes(recipe, shapes), 2 * itemsize * max(shapes.largest_layer, shapes.largest_tensor))
     return stage_estimate(
@@ -116,7 +121,7 @@ def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
         machine,
         parts,
         host=0,
-        disk=2 * work.eval_answer_tokens * shapes.vocab_size,  # the trained model's log-probabilities in fp16
-        seconds=machine.seconds(models * forward_flops(shapes, rows.longest) * rows.tokens, TRAINING),
+        disk=2 * (work.eval_answer_tokens + general) * shapes.vocab_size,  # the trained model's log-probabilities, fp16
+        seconds=machine.seconds(models * flops, TRAINING),
         movable=max(0, whole - least),
     )

@@ -17,7 +17,8 @@ from qlora import stages
 from qlora.artifacts import write_json
 from qlora.data.calibration import CalibrationRow, calibration_rows
 from qlora.errors import UserError
-from qlora.evaluation.ladder import Settings, release_memory, score
+from qlora.evaluation.ladder import release_memory
+from qlora.evaluation.scoring import score
 from qlora.models.loading import load_base, load_gptq, load_plain, load_trained
 from qlora.recipe import Recipe
 from qlora.stages import Run
@@ -79,12 +80,13 @@ class Seed:
             raise UserError(
                 "the trained model was not measured yet", str(reference.directory), "run the phase reference"
             )
-        settings = Settings(self.settings["batch_size"], False, 0, self.run.tokenizer.pad_token_id)
         store = is_reference and not reference.complete
-        loss, kl, top1 = score(model, self.rows, settings, reference, is_reference=store)
+        size, pad = self.settings["batch_size"], self.run.tokenizer.pad_token_id
+        found = score(model, self.rows, size, pad, reference, is_reference=store)
         if store:
             reference.finish()
-        figures = {"loss": loss, "kl": kl, "top1": top1, "perplexity": perplexity(model, self.general_test)}
+        general = perplexity(model, self.general_test)
+        figures = {"loss": found.loss, "kl": found.kl, "top1": found.top1, "perplexity": general}
         del model
         release_memory()
         return figures

@@ -36,13 +36,13 @@ def main() -> None:
         runs = [trained(arguments, seed, number) for number in range(len(arguments.settings))]
         first = runs[0]
         section = first.recipe.evaluate
-        settings = Settings(section.batch_size, False, section.max_new_tokens, first.tokenizer.pad_token_id)
+        settings = Settings(section.batch_size, section.max_new_tokens, first.tokenizer.pad_token_id)
         rungs = [
             Rung(TRAINED if number == 0 else setting, setting, loader(run))
             for number, (setting, run) in enumerate(zip(arguments.settings, runs, strict=True))
         ]
-        scores = climb(rungs, first.eval_rows.rows, first.tokenizer, settings, arguments.out, lambda *_: None)
-        for setting, run, score in zip(arguments.settings, runs, scores, strict=True):
+        ladder = climb(rungs, first.eval_rows.rows, first.tokenizer, settings, arguments.out, lambda *_: None)
+        for setting, run, score in zip(arguments.settings, runs, ladder.scores, strict=True):
             metrics = json.loads(run.dirs.lineage.read_text())["stages"]["train"]["metrics"]
             speed = metrics["tokens_per_second"]
             rows.append({"setting": setting, "seed": seed, "loss": score.loss, "kl": score.kl, "speed": speed})

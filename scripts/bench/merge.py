@@ -83,20 +83,22 @@ def main() -> None:
         Rung("ours original", "qlora merge, merge.base: original", lambda: ours("original")),
         Rung("peft nf4", "PEFT merge into the NF4 layers (its default)", lambda: peft("nf4")),
     ]
-    settings = Settings(16, False, 0, run.tokenizer.pad_token_id)
+    settings = Settings(16, 0, run.tokenizer.pad_token_id)
     rows = run.eval_rows.rows
-    scores = climb(rungs, rows, run.tokenizer, settings, arguments.out, lambda done, total, text: print(text))
+    ladder = climb(rungs, rows, run.tokenizer, settings, arguments.out, lambda done, total, text: print(text))
     release_memory()
 
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else platform.processor() or platform.machine()
     print(f"\n{machine} · {len(rows)} rows, {sum(row.supervised_tokens for row in rows)} answer tokens\n")
     print("| model | loss | KL to trained | top-1 | seconds | peak GiB |\n| --- | --- | --- | --- | --- | --- |")
-    for score in scores:
+    for score in ladder.scores:
         cost = costs.get(score.name)
         peak = (cost.gpu_peak_gib or cost.host_peak_gib) if cost else None
         spent = f"{cost.seconds:.1f} | {peak:.2f}" if cost else " | "
         print(f"| {score.label} | {score.loss:.4f} | {score.kl:.5f} | {score.top1:.4f} | {spent} |")
-    figures = [asdict(score) | {"cost": asdict(costs[score.name]) if score.name in costs else None} for score in scores]
+    figures = [
+        asdict(score) | {"cost": asdict(costs[score.name]) if score.name in costs else None} for score in ladder.scores
+    ]
     write_json(arguments.out / "merge.json", {"machine": machine, "rows": len(rows), "rungs": figures})
 
 

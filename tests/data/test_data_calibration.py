@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from qlora.data.calibration import calibration_row, calibration_rows, refinement_rows
+from qlora.data.calibration import calibration_row, calibration_rows, general_rows, refinement_rows
 from qlora.data.corpora import corpus_digest, corpus_texts
 from qlora.data.formats import Completion
 from qlora.data.rendering import RenderedRow, render
@@ -114,6 +114,19 @@ def test_a_corpus_of_the_hub_without_a_network_names_the_alternative():
         corpus_texts("wikitext2")
     with pytest.raises(UserError, match=r"nobody/nothing(.|\n)*quantize.calibration.from: general.txt"):
         corpus_texts("nobody/nothing")
+    with pytest.raises(UserError, match=r"Salesforce/wikitext \[test\](.|\n)*evaluate.general: general.txt"):
+        corpus_texts("wikitext2", "evaluate.general")
+
+
+def test_general_text_to_measure_on_has_a_label_at_every_token(chatml_tokenizer, general_file):
+    rows = general_rows(general_file, chatml_tokenizer, 1000, 100)
+    assert [len(row.input_ids) for row in rows] == [100] * 10
+    assert all(row.labels == row.input_ids and row.supervised_tokens == 99 for row in rows)
+    assert general_rows(general_file, chatml_tokenizer, 1000, 100) == rows
+    strings = general_rows(["one two three", "four five six", "seven eight nine"], chatml_tokenizer, 1, 100)
+    assert len(strings) == 1
+    with pytest.raises(UserError, match=r"evaluate.general(.|\n)*give more text$"):
+        general_rows(general_file, chatml_tokenizer, 10**6, 10**6)
 
 
 def test_a_file_is_known_by_its_content_and_a_corpus_by_its_name(tmp_path):

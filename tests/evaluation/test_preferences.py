@@ -2,13 +2,15 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora.data.rendering import IGNORED, RenderedRow
-from qlora.evaluation.ladder import batches
-from qlora.evaluation.preferences import answer_logps, answers_of, preferred
+from qlora.evaluation.bootstrap import counts
+from qlora.evaluation.preferences import answer_logps, answers_of, comparisons
+from qlora.evaluation.scoring import batches
 
 
 def row(prompt: list[int], answer: list[int], rejected: list[int] | None = None, good: bool | None = None):
@@ -42,12 +44,34 @@ def test_log_probabilities_are_those_of_each_answer_alone(size):
         assert logp.item() == pytest.approx(sum(every[at - 1, answer.input_ids[at]].item() for at in places), rel=1e-5)
 
 
+def figures(answers, after: list[float], before: list[float]) -> tuple[float, float]:
+    share, margin = comparisons(answers, np.array(after) - np.array(before)).figures()
+    return share[0], margin[0]
+
+
 def test_shares_and_margins():
-    answers = answers_of(PAIRS)
-    before = torch.zeros(6, dtype=torch.float64)
-    assert preferred(answers, torch.tensor([1.0, 0, 0, 2, 5, 1]).double(), before) == (pytest.approx(2 / 3), 1.0)
-    share, margin = preferred(answers, before, torch.tensor([1.0, 0, 0, 2, 5, 1]).double())
-    assert (share, margin) == (pytest.approx(1 / 3), -1.0)
+    answers, zeros = answers_of(PAIRS), [0.0] * 6
+    assert figures(answers, [1.0, 0, 0, 2, 5, 1], zeros) == (pytest.approx(2 / 3), 1.0)
+    assert figures(answers, zeros, [1.0, 0, 0, 2, 5, 1]) == (pytest.approx(1 / 3), -1.0)
     judged = [row([1], [2], good=good) for good in (True, False, True, False)]
-    share, margin = preferred(judged, torch.tensor([3.0, 1, 1, 0]).double(), torch.zeros(4, dtype=torch.float64))
-    assert (share, margin) == (0.875, 1.5)  # 3 > 1, 3 > 0, 1 = 1, 1 > 0
+    assert figures(judged, [3.0, 1, 1, 0], [0.0] * 4) == (0.875, 1.5)  # 3 > 1, 3 > 0, 1 = 1, 1 > 0
+    only_good = [row([1], [2], good=True)] * 2
+    assert np.isnan(figures(only_good, [1.0, 2.0], [0.0, 0.0])[0])
+
+
+def test_draws_of_judged_answers_are_those_of_their_rows():
+    """Each draw's figures against those of the rows that it has, one by one."""
+    rng = np.random.default_rng(0)
+    rewards, good = rng.integers(0, 4, size=9).astype(float), np.arange(9) % 3 > 0
+    found, drawn = comparisons([row([1], [2], good=bool(each)) for each in good], rewards), 0
+    counted = np.concatenate(list(counts(9, draws=30)))
+    for share, margin, counts_A in zip(*found.figures(), counted, strict=False):
+        pairs = [
+            ((better > worse) + (better == worse) / 2, better - worse)
+            for better in np.repeat(rewards[good], counts_A[good].astype(int))
+            for worse in np.repeat(rewards[~good], counts_A[~good].astype(int))
+        ]
+        if pairs:
+            assert (share, margin) == pytest.approx(tuple(np.mean(pairs, axis=0)))
+            drawn += 1
+    assert drawn > 20

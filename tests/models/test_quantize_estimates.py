@@ -160,3 +160,15 @@ def test_no_time_is_known_for_another_engine_or_gpu(llama_7b) -> None:
     unknown = assumed_machine("cuda:0", "NVIDIA GeForce GTX 1050", 8)
     stages = estimate(llama_7b, 128, 2048, unknown, refine={})
     assert stages["quantize"].seconds is stages["refine"].seconds is None
+
+
+def test_general_text_is_counted_in_what_evaluation_takes(llama_7b: ModelShapes) -> None:
+    work = Workload(1000, 100, Pass(100, 0), Rows(100, 10), None, Rows(1000, 100), 500, 50)
+    found = [
+        estimate_stages(asked, llama_7b, AdapterShapes(1000), work, H100)[-1]
+        for general in (None, "wikitext2")
+        for asked in [Recipe.model_validate(recipe().model_dump() | {"evaluate": {"general": general}})]
+    ]
+    assert found[1].disk - found[0].disk == 2 * 16384 * 32000
+    assert found[1].parts["logits"] == 2 * 8 * 512 * 32000 * 2 > found[0].parts["logits"]
+    assert found[1].seconds > 10 * found[0].seconds
