@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora.artifacts import Lineage, read_json
-from qlora.errors import UserError
+from qlora.errors import Problem, UserError
 from qlora.paths import RunDir
 from qlora.recipe import Recipe
 from qlora.recipe_file import load_recipe
@@ -52,3 +52,19 @@ class RunFacts:
         """A finished stage's metrics; empty if it has not run."""
         found: dict[str, Any] = self.stages.get(stage, {}).get("metrics", {})
         return found
+
+
+def find_run(name: str) -> Path:
+    """The directory of a run that is named by its path, by its name in runs/, or by its recipe."""
+    for path in (Path(name), Path("runs") / name):
+        if path.is_dir():
+            return path
+    try:
+        return load_recipe(name).run_dir
+    except UserError as error:
+        raise UserError(
+            [
+                Problem("there is no such run", name, "name the folder that `qlora run` wrote, such as runs/NAME"),
+                *error.problems,
+            ]
+        ) from None

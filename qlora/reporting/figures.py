@@ -72,7 +72,7 @@ LADDER = (
         "Same token",
         ".2%",
         True,
-        "How often the next token that the model finds most likely is the one that the trained model finds most likely.",
+        "How often the token that the model finds most likely to come next is the trained model's too.",
         plain="Same next token as the trained model",
     ),
     Figure(
@@ -110,8 +110,8 @@ SURVIVAL = (
         "Update kept",
         ".3f",
         True,
-        "How much of what training changed is found in the compressed weights, along its own direction. 1 is all of it, "
-        "0 none; slightly above 1 is rounding that happens to push the same way.",
+        "How much of what training changed is found in the compressed weights, along its own direction. 1 is all of "
+        "it, 0 none; slightly above 1 is rounding that happens to push the same way.",
         ideal=1.0,
         span=0.25,
     ),

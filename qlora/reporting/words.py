@@ -98,17 +98,14 @@ def _found(facts: RunFacts) -> str:
     """Two sentences on what the ladder found of the checkpoint."""
     assert facts.ladder is not None
     rung = _rung(facts.ladder, "gptq")
+    checkpoint = f"The {facts.recipe.quantize.bits}-bit checkpoint"
     sentences = []
     gain, top1, preferred = value(rung, "gain_retained"), value(rung, "top1"), value(rung, "preferred")
     if preferred is not None:
-        sentences.append(
-            f"The {facts.recipe.quantize.bits}-bit checkpoint favours the better answer {_brief('preferred', preferred)} of the time"
-        )
+        sentences.append(f"{checkpoint} favours the better answer {_brief('preferred', preferred)} of the time")
     elif gain is not None:
         noise = ", which is all of it as far as these rows can tell" if inside_noise(facts.ladder) else ""
-        sentences.append(
-            f"The {facts.recipe.quantize.bits}-bit checkpoint keeps {_brief('gain_retained', gain)} of what fine-tuning gained{noise}"
-        )
+        sentences.append(f"{checkpoint} keeps {_brief('gain_retained', gain)} of what fine-tuning gained{noise}")
     if top1 is not None:
         sentences.append(f"It predicts the same next token as the trained model {_brief('top1', top1)} of the time")
     exact = value(rung, "exact_match")

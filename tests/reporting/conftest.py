@@ -72,7 +72,9 @@ def _stages(odd: str) -> dict:
             "data": data | {"longest": 73, "held_out": 0, "removed": 0},
         },
         "merge": {"merged_modules": 28},
-        "quantize": {"calibration_rows": 64, "calibration_tokens": 4015, "modules": [], "warnings": [odd] if odd else []},
+        "quantize": {
+            "calibration_rows": 64, "calibration_tokens": 4015, "modules": [], "warnings": [odd] if odd else [],
+        },
         "evaluate": {},
     }  # fmt: skip
     weights = {"merge": 269_030_016, "quantize": 98_000_000}
@@ -102,8 +104,9 @@ def _ladder(quantized_loss: float, odd: str) -> dict:
             "name": name, "label": label + odd, "loss": loss, "perplexity": 2.718**loss, "kl": kl,
             "top1": max(0.5, 1 - kl / 4), "gain_retained": gain, "exact_match": exact, "preferred": None,
             "intervals": {
-                "loss": [loss - 0.05, loss + 0.06], "kl": [kl * 0.8, kl * 1.3], "gain_retained": [gain - 0.02, gain + 0.02],
-                "top1": [max(0.4, 1 - kl / 3), 1 - kl / 5], "exact_match": [exact * 0.9, min(1, exact * 1.05)],
+                "loss": [loss - 0.05, loss + 0.06], "kl": [kl * 0.8, kl * 1.3],
+                "gain_retained": [gain - 0.02, gain + 0.02], "top1": [max(0.4, 1 - kl / 3), 1 - kl / 5],
+                "exact_match": [exact * 0.9, min(1, exact * 1.05)],
             },
             "metrics": {f"json{odd}": exact}, "general": {"loss": 3 + kl / 9, "perplexity": 20.0, "kl": kl / 9},
             "tasks": {"arc_easy": {"acc": {"value": 0.5 + exact / 9, "stderr": 0.011}}},

@@ -38,14 +38,17 @@ class Curve:
 class Scale:
     """Places of values in percent of the width, linear or logarithmic; `ticks` are round values between."""
 
+    low: float
+    high: float
+
     def __init__(self, values: Sequence[float], *, logarithmic: bool = False, zero: bool = False) -> None:
         self.logarithmic = logarithmic
         low, high = min(values), max(values)
         if logarithmic:
-            self.low, self.high = math.floor(math.log10(low)), math.ceil(math.log10(high))
-            self.high += self.high == self.low
-            step = max(1, -(-(self.high - self.low) // 5))
-            self.ticks = [10.0**power for power in range(int(self.low), int(self.high) + 1, step)]
+            self.low, self.high = float(math.floor(math.log10(low))), float(math.ceil(math.log10(high)))
+            self.high = max(self.high, self.low + 1)
+            apart = max(1, math.ceil((self.high - self.low) / 5))
+            self.ticks = [10.0**power for power in range(int(self.low), int(self.high) + 1, apart)]
             return
         low = 0.0 if zero else low
         high = high if high > low else low + (abs(low) or 1.0)

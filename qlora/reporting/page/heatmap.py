@@ -1,7 +1,8 @@
-"""The heat map of layers: a table with a row for every layer and a column for every kind of module, one figure at a time.
+"""The heat map of layers: a table with a row for every layer and a column for every kind of module.
 
-A cell carries all its figures, and for each a step of colour from 0 (least lost) to STEPS - 1 (most); the script shows
-another figure by changing the class. Where a layer has several modules of a kind (experts), the cell is the worst of them.
+One figure is shown at a time. A cell carries all of them, and for each a step of colour from 0 (least lost) to
+STEPS - 1 (most); the script shows another by changing the class. Where a layer has several modules of a kind
+(experts), the cell is the worst of them.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ def _layer(module: Module) -> int:
 
 
 def _switch(figures: Sequence[Figure], ranges: Mapping[str, tuple[float, float]]) -> Html:
-    """Radio buttons, the meaning of the figure that is shown, and what its lightest and its strongest colour stand for."""
+    """Radio buttons, the meaning of the figure that is shown, and what its colours stand for."""
     buttons, meanings = [], []
     for index, figure in enumerate(figures):
         choice = empty("input", type="radio", name_="figure", value=index, checked=index == 0, id=f"figure-{index}")

@@ -17,7 +17,10 @@ from qlora.reporting.page.measured import missing, section
 
 def training_section(facts: RunFacts) -> Html:
     title = "How training went"
-    lead = "The loss on training rows after every step, and on held-out rows where it was measured. It should fall, then level out; held-out loss that rises again means too many epochs."
+    lead = (
+        "The loss on training rows after every step, and on held-out rows where it was measured. It should fall, then "
+        "level out; held-out loss that rises again means too many epochs."
+    )
     metrics = facts.metrics("train")
     curve = metrics.get("curve") or []
     curves = [
@@ -33,15 +36,16 @@ def training_section(facts: RunFacts) -> Html:
     content: list[Child] = [
         tag("figure", tag("figcaption", tag("b", "Loss"), " in nats per token, lower is better ", key), picture)
     ]
-    facts_of = {
+    final = metrics["mean_loss"] if metrics.get("final_loss") is None else metrics["final_loss"]
+    numbers: dict[str, Child] = {
         "steps": f"{metrics['steps']:,}",
-        "loss at the end": f"{(metrics.get('final_loss') if metrics.get('final_loss') is not None else metrics['mean_loss']):.4f}",
+        "loss at the end": f"{final:.4f}",
         "speed": f"{metrics['tokens_per_second']:,.0f} tokens a second" if metrics.get("tokens_per_second") else None,
         "processes": f"{metrics['processes']}",
         "best step": f"{metrics['best']['step']:,}" if metrics.get("best") else None,
         "a step": metrics.get("plan"),
     }
-    return section("training", title, lead, *content, pairs(facts_of))
+    return section("training", title, lead, *content, pairs(numbers))
 
 
 def _finite(number: Any) -> bool:
@@ -57,7 +61,10 @@ def pairs(found: dict[str, Child]) -> Html:
 
 def costs_section(facts: RunFacts) -> Html:
     title = "What it took"
-    lead = "Time and peak memory of every stage. The mark is what was estimated before it ran; estimates count floating-point work and tensors, so they are off by some part."
+    lead = (
+        "Time and peak memory of every stage. The mark is what was estimated before it ran; estimates count floating- "
+        "point work and tensors, so they are off by some part."
+    )
     stages = [name for name in STAGES if name in facts.stages]
     seconds = {
         name: (facts.metrics(name).get("seconds") or 0.0, words.expected(facts, name).get("seconds")) for name in stages
@@ -102,7 +109,10 @@ def _gib(number: float | None) -> str:
 
 def data_section(facts: RunFacts) -> Html:
     title = "What it learned from"
-    lead = "A token is a piece of a word. The model reads all tokens of a row, and learns from the answers only, unless the recipe says otherwise."
+    lead = (
+        "A token is a piece of a word. The model reads all tokens of a row, and learns from the answers only, unless "
+        "the recipe says otherwise."
+    )
     found = facts.metrics("train").get("data")
     quantize = facts.metrics("quantize")
     trained: dict[str, Child] = {}
@@ -119,14 +129,17 @@ def data_section(facts: RunFacts) -> Html:
             "held out of them": f"{found['held_out']:,} rows",
             "taken out": f"{found['removed']:,} rows that are held-out rows too" if found.get("removed") else None,
         }
-    measured = facts.ladder
+    measured, calibrated = facts.ladder, None
+    if "calibration_rows" in quantize:
+        calibrated = (
+            f"{quantize['calibration_rows']:,} rows, {quantize['calibration_tokens']:,} tokens, which tell the "
+        )
+        calibrated += "quantizer what layers really see"
     trained |= {
         "measured on": f"{measured['rows']:,} held-out rows, {measured['tokens']:,} answer tokens"
         if measured
         else None,
-        "calibrated on": f"{quantize['calibration_rows']:,} rows, {quantize['calibration_tokens']:,} tokens, which tell the quantizer what layers really see"
-        if "calibration_rows" in quantize
-        else None,
+        "calibrated on": calibrated,
     }
     files = ", ".join(source.path for source in facts.recipe.data.train)
     trained["files"] = tag("bdi", files)
@@ -135,7 +148,10 @@ def data_section(facts: RunFacts) -> Html:
 
 def lineage_section(facts: RunFacts) -> Html:
     title = "Where every file comes from"
-    lead = "Versions of everything that changes results, and digests (SHA-256) of what was read and written: equal digests are equal bytes."
+    lead = (
+        "Versions of everything that changes results, and digests (SHA-256) of what was read and written: equal "
+        "digests are equal bytes."
+    )
     content: list[Child] = []
     versions = {name: entry.get("versions") or {} for name, entry in facts.stages.items()}
     packages = list(dict.fromkeys(package for found in versions.values() for package in found))
@@ -174,8 +190,13 @@ def size_of(count: int) -> str:
 
 def again_section(facts: RunFacts) -> Html:
     title = "Do it again"
-    lead = "The recipe as it was executed, every key of it. With the same versions, data and kind of device it gives the same files."
-    versions = next((entry["versions"] for entry in reversed(facts.stages.values()) if entry.get("versions")), {})
+    lead = (
+        "The recipe as it was executed, every key of it. With the same versions, data and kind of device it gives the "
+        "same files."
+    )
+    versions: dict[str, str] = next(
+        (entry["versions"] for entry in reversed(facts.stages.values()) if entry.get("versions")), {}
+    )
     pinned = " ".join(f"{name}=={version.partition('+')[0]}" for name, version in versions.items() if name != "qlora")
     commands = f"pip install {pinned}\n" if pinned else ""
     commands += f"qlora run {facts.dirs.recipe}"

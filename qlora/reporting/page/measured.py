@@ -166,7 +166,10 @@ def _general(rungs: Sequence[Mapping[str, Any]]) -> Html | None:
     ]
     figures = [figure_of(f"general.{key}") for key in keys]
     rows = [row(rung["label"], *(_number(rung, figure) for figure in figures)) for rung in measured]
-    text = "On general text, which has nothing to do with the task: what fine-tuning and compressing made the model forget."
+    text = (
+        "On general text, which has nothing to do with the task: what fine-tuning and compressing made the model "
+        "forget."
+    )
     heads = ("model", *(figure.title.partition(",")[0] for figure in figures))
     return Html(tag("h3", "General text") + tag("p", text) + table("Figures on general text", heads, rows))
 
@@ -327,8 +330,8 @@ def contract_section(facts: RunFacts) -> Html:
     if golden:
         same = sum(each["trained"]["ids"] == each["gptq"]["ids"] for each in golden)
         text = (
-            f"Golden prompts, kept with their answers to compare a server with: {len(golden)}, of which the trained model "
-            f"and the checkpoint answer {same} alike, token by token. "
+            f"Golden prompts, kept with their answers to compare a server with: {len(golden)}, of which the trained "
+            f"model and the checkpoint answer {same} alike, token by token. "
         )
         content.append(tag("p", text, "Ask a server: ", tag("code", f"qlora verify URL {facts.dirs.root}")))
     return section("serving", title, lead, *content)
