@@ -121,8 +121,8 @@ class Page:
             "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=scale, mobile=False
         )
 
-    def emulate(self, *, dark: bool = False, media: str = "screen") -> None:
-        """What the system prefers, and what the page is shown on."""
+    def emulate(self, *, dark: bool = False, media: str = "") -> None:
+        """What the system prefers, and what the page is shown on: print, or a screen."""
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", media=media, features=[scheme])
 
@@ -136,8 +136,9 @@ class Page:
     def hover(self, selector: str) -> None:
         """Move the mouse to the middle of an element, which is scrolled into view."""
         box = self.script(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)}); "
-            "e.scrollIntoView({block: 'center', behavior: 'instant'}); const b = e.getBoundingClientRect(); "
+            f"(async () => {{ const e = document.querySelector({json.dumps(selector)}); "
+            "e.scrollIntoView({block: 'center', behavior: 'instant'}); "
+            "for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame); const b = e.getBoundingClientRect(); "
             "return [b.left + b.width / 2, b.top + b.height / 2] })()"
         )
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])

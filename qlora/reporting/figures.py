@@ -204,7 +204,8 @@ def figure_of(key: str) -> Figure:
     known = {figure.key: figure for figure in LADDER}
     if key in known:
         return known[key]
-    kind, _, name = key.rpartition(".")
+    kind, _, name = key.partition(".")
+    name = name or key
     if kind == "general" and name in known:
         figure = known[name]
         return replace(figure, key=key, title=f"{figure.title}, general text", plain="")

@@ -11,6 +11,7 @@ from qlora.reporting.page.html import Html, tag
 
 POINTS = 240  # of a curve; more cannot be told apart
 ROW, PLOT = 40, 220  # pixels: a rung of the ladder, the height of a curve
+LABEL = 34  # characters of a name that fit beside its value on a phone
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def dot_chart(name: str, title: str, description: str, dots: Sequence[Dot], *, l
         mark = tag("circle", cx=x, cy=y, r=6 if dot.strong else 5, class_="dot strong" if dot.strong else "dot")
         label = "label strong" if dot.strong else "label"
         plot.append(mark)
-        plot.append(tag("text", dot.label, x="0%", y=y - 11, class_=label))
+        plot.append(tag("text", _cut(dot.label), x="0%", y=y - 11, class_=label))
         plot.append(tag("text", dot.shown, x="100%", y=y - 11, text_anchor="end", class_=label))
     inner = tag("svg", *plot, x="8", y="0", height=height, style="width:calc(100% - 16px)", overflow="visible")
     return _picture(name, title, description, height, inner)
@@ -161,6 +162,10 @@ def _picture(name: str, title: str, description: str, height: int, *parts: Html)
 
 def _line(x1: str, y1: float, x2: str, y2: float, kind: str) -> Html:
     return tag("line", x1=x1, y1=y1, x2=x2, y2=y2, class_=kind)
+
+
+def _cut(label: str) -> str:
+    return label if len(label) <= LABEL else f"{label[: LABEL - 1]}…"
 
 
 def _number(value: float) -> str:

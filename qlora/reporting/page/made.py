@@ -62,8 +62,8 @@ def pairs(found: dict[str, Child]) -> Html:
 def costs_section(facts: RunFacts) -> Html:
     title = "What it took"
     lead = (
-        "Time and peak memory of every stage. The mark is what was estimated before it ran; estimates count floating- "
-        "point work and tensors, so they are off by some part."
+        "Time and peak memory of every stage. The mark is what was estimated before it ran; estimates count tensors "
+        "and floating-point work, and are off by some part."
     )
     stages = [name for name in STAGES if name in facts.stages]
     seconds = {
