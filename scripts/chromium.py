@@ -136,10 +136,13 @@ class Page:
     def hover(self, selector: str) -> None:
         """Move the mouse to the middle of an element, which is scrolled into view."""
         box = self.script(
-            f"(async () => {{ const e = document.querySelector({json.dumps(selector)}); "
-            "e.scrollIntoView({block: 'center', behavior: 'instant'}); "
-            "for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame); const b = e.getBoundingClientRect(); "
-            "return [b.left + b.width / 2, b.top + b.height / 2] })()"
+            f"""(async () => {{
+              const found = document.querySelector({json.dumps(selector)});
+              found.scrollIntoView({{block: "center", behavior: "instant"}});
+              for (let i = 0; i < 2; i++) await new Promise(requestAnimationFrame);
+              const box = found.getBoundingClientRect();
+              return [box.left + box.width / 2, box.top + box.height / 2];
+            }})()"""
         )
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=box[0], y=box[1])
 

@@ -65,7 +65,7 @@ def _missing(part: str, console: Console) -> None:
 def _table(*heads: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for index, head in enumerate(heads):
-        table.add_column(head, justify="right" if index and head else "left", header_style="dim")
+        table.add_column(plain(head), justify="right" if index and head else "left", header_style="dim")
     return table
 
 
