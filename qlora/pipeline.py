@@ -264,7 +264,7 @@ class Pipeline:
             raise QloraError(f"{started} process(es) trained instead of {processes}", "train.processes")
 
     def _finish(self) -> None:
-        """Show the ladder, what fell short, and where to find what was made. Raises `GateFailed` for a missed gate."""
+        """Show the ladder, what fell short, and where the checkpoint is. Raises `GateFailed` if a gate is missed."""
         facts = RunFacts.read(self.dirs.root)
         if facts.ladder is not None:
             self.out.print()

@@ -104,7 +104,7 @@ def _plain(parts: Sequence[StageEstimate]) -> dict[str, float | None]:
     device, host = (max(sizes) / 2**30 for sizes in zip(*((part.device, part.host) for part in parts), strict=True))
     on_gpu = any(part.device != part.host for part in parts)
     return {
-        "seconds": round(sum(seconds), 2) if len(seconds) == len(parts) else None,
+        "seconds": round(sum(seconds), 4) if len(seconds) == len(parts) else None,
         "host_gib": round(host, 3),
         "gpu_gib": round(device, 3) if on_gpu else None,
     }

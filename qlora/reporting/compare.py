@@ -121,7 +121,10 @@ def _ladders(names: Sequence[str], runs: Sequence[RunFacts]) -> Table | str:
         for number, figure in enumerate(measured_figures(shown)):
             cells = [figure.show(value(each[rung], figure.key)) if rung in each else "–" for each in rungs]
             table.add_row(
-                rung if number == 0 else "", figure.title, *cells, end_section=figure == measured_figures(shown)[-1]
+                rung if number == 0 else "",
+                plain(figure.title),
+                *cells,
+                end_section=figure == measured_figures(shown)[-1],
             )
     return table
 

@@ -204,6 +204,8 @@ def figure_of(key: str) -> Figure:
     known = {figure.key: figure for figure in LADDER}
     if key in known:
         return known[key]
+    if key == "survival":
+        return replace(SURVIVAL[0], key=key, form=".1%", plain="Kept of the training's update, over all layers")
     kind, _, name = key.partition(".")
     name = name or key
     if kind == "general" and name in known:
@@ -212,10 +214,17 @@ def figure_of(key: str) -> Figure:
     return Figure(key, name, ".1%", True, f"The share of written answers that pass the check {name}.")
 
 
+def is_noise(rung: Mapping[str, Any], key: str) -> bool:
+    """Whether the ladder says that the figure cannot be told from the trained model's."""
+    return bool((rung.get("noise") or {}).get(key))
+
+
 def inside_noise(ladder: Mapping[str, Any]) -> bool | None:
     """Whether the quantized model's loss cannot be told from the trained one's; None if no interval says so."""
     rungs = {rung["name"]: rung for rung in ladder["rungs"]}
     quantized, trained = rungs.get("gptq", {}), rungs.get("trained", {})
+    if "loss" in (quantized.get("noise") or {}):
+        return is_noise(quantized, "loss")
     if found := interval(quantized, "gain_retained"):
         return found[0] <= 1 <= found[1]
     found, loss = interval(quantized, "loss"), value(trained, "loss")

@@ -89,6 +89,8 @@ def _ladder(facts: RunFacts, console: Console) -> None:
         sure = f"{facts.ladder.get('confidence', 0.95):.0%}"
         console.print(f"  [dim]{plain(f'With {sure} certainty, of the last line: ' + '; '.join(shown))}[/dim]")
     console.print(f"  [dim]{facts.ladder['rows']:,} held-out rows, {facts.ladder['tokens']:,} answer tokens[/dim]")
+    if facts.merges is not None:
+        console.print(f"  merge to ship: {plain(facts.merges['ship'])} ({plain(facts.merges['why'])})")
     for figure in figures:
         console.print(
             Padding(f"[dim]{SHORT.get(figure.key, plain(figure.title))}: {plain(figure.meaning)}[/dim]", (0, 0, 0, 2))

@@ -50,6 +50,9 @@ MISSING = {
     "curve": ("the loss curve", "this adapter was combined from others; a run that trains has one"),
     "survival": ("what is left of the update in every layer", "evaluate.survival: true"),
     "generations": ("answers side by side", "evaluate.generate: true"),
+    "general": ("what fine-tuning made the model forget", "evaluate.general: wikitext2"),
+    "tasks": ("public tests by name", "evaluate.tasks: [arc_easy]"),
+    "merges": ("whether merging into the original base would be better", "evaluate.compare_merges: true"),
     "contract": ("which serving engines take the checkpoint", "`qlora evaluate RECIPE` with this version"),
     "ladder": ("how good any of the models is", "data.eval: {path: FILE}, or data.eval_share above 0"),
     "intervals": ("how sure these figures are", "`qlora evaluate RECIPE` with this version"),
@@ -182,6 +185,8 @@ def _checks(facts: RunFacts, judged: Verdict) -> list[Check]:
         name, rung = ("kl", "merged") if key == "merge_kl" else (key, "gptq")
         figure = figure_of(name)
         number = value(_rung(facts.ladder or {"rungs": []}, rung), name)
+        if key == "survival":
+            number = ((facts.survival or {}).get("overall") or {}).get("energy")
         applies = key != "merge_kl" or facts.recipe.merges_exactly
         shown = figure.brief(limit) if figure.form.endswith("%") else f"{limit:g}"
         relation = "at least" if figure.higher else "at most"

@@ -52,6 +52,7 @@ def _write_run(
         "survival": _survival(layers, odd),
         "generations": _generations(odd),
         "contract": _contract(odd),
+        "merges": _merges(_ladder(quantized_loss, odd)["rungs"][-1], odd),
     }
     dirs.evaluation.mkdir()
     for part, content in parts.items():
@@ -108,6 +109,7 @@ def _ladder(quantized_loss: float, odd: str) -> dict:
                 "gain_retained": [gain - 0.02, gain + 0.02], "top1": [max(0.4, 1 - kl / 3), 1 - kl / 5],
                 "exact_match": [exact * 0.9, min(1, exact * 1.05)],
             },
+            "noise": {"loss": name in ("merged", "gptq")},
             "metrics": {f"json{odd}": exact}, "general": {"loss": 3 + kl / 9, "perplexity": 20.0, "kl": kl / 9},
             "tasks": {"arc_easy": {"acc": {"value": 0.5 + exact / 9, "stderr": 0.011}}},
         }  # fmt: skip
@@ -120,6 +122,10 @@ def _ladder(quantized_loss: float, odd: str) -> dict:
         rung("gptq", "GPTQ, 4 bits, group 128", quantized_loss, 0.0093, 0.94),
     ]
     return {"rows": 50, "tokens": 1362, "confidence": 0.95, "rungs": rungs}
+
+
+def _merges(rung: dict, odd: str) -> dict:
+    return {"dequantized": rung, "original": rung | {"loss": 0.66}, "ship": "dequantized", "why": f"loss 0.6120{odd}"}
 
 
 def _survival(layers: int, odd: str) -> dict:

@@ -63,11 +63,13 @@ def test_the_verdict_comes_first_in_words_with_what_to_do(write_run, tmp_path):
 
 
 def test_what_was_not_measured_is_one_line_with_the_key_that_turns_it_on(write_run, tmp_path, shown):
-    parts = ("ladder", "survival", "generations", "contract")
+    parts = ("ladder", "survival", "generations", "contract", "merges")
     bare = page(RunFacts.read(write_run(tmp_path, "bare", without=parts)))
-    assert bare.count('class="missing"') == len(parts)
+    assert bare.count('class="missing"') == 4, "one line each; where there is no ladder, none on what it might hold"
     assert "<code>evaluate.survival: true</code>" in bare and "<code>evaluate.generate: true</code>" in bare
     assert 'class="missing"' not in shown
+    lone = page(RunFacts.read(write_run(tmp_path, "lone", without=("merges",))))
+    assert "<code>evaluate.compare_merges: true</code>" in lone and lone.count('class="missing"') == 1
 
 
 def test_a_run_that_has_only_trained_has_a_report(write_run, tmp_path):
@@ -80,7 +82,7 @@ def test_a_run_that_has_only_trained_has_a_report(write_run, tmp_path):
 
 
 def test_a_run_learned_from_preferences_is_judged_by_them(write_run, tmp_path):
-    directory = write_run(tmp_path)
+    directory = write_run(tmp_path, without=("merges",))
     path = directory / "evaluation" / "ladder.json"
     ladder = json.loads(path.read_text())
     for rung in ladder["rungs"][2:]:
@@ -92,7 +94,18 @@ def test_a_run_learned_from_preferences_is_judged_by_them(write_run, tmp_path):
 
 
 def test_every_figure_of_the_ladder_is_on_the_page_and_every_layer(shown):
-    for said in ("0.6120", "0.0093", "99.77%", "99.3%", "94.0%", "0.5620 – 0.6720", "arc_easy acc", "0.604 ± 0.011"):
+    for said in (
+        "0.6120",
+        "0.0093",
+        "99.77%",
+        "99.3%",
+        "94.0%",
+        "0.5620 – 0.6720",
+        "arc_easy acc",
+        "0.604 ± 0.011",
+        "≈ 0.6120",
+        "Ship the merge into the dequantized base",
+    ):
         assert said in shown, said
     cells = [attributes for name, attributes in Outline(shown).tags if name == "td" and "data-steps" in attributes]
     assert len(cells) == 4 * 7 + 1

@@ -7,7 +7,16 @@ from typing import Any
 
 from qlora.facts import RunFacts
 from qlora.reporting import words
-from qlora.reporting.figures import RUNGS, SURVIVAL, Figure, figure_of, interval, measured_figures, value
+from qlora.reporting.figures import (
+    RUNGS,
+    SURVIVAL,
+    Figure,
+    figure_of,
+    interval,
+    is_noise,
+    measured_figures,
+    value,
+)
 from qlora.reporting.page.charts import Dot, dot_chart
 from qlora.reporting.page.heatmap import heat_map
 from qlora.reporting.page.html import Child, Html, row, table, tag, with_code
@@ -104,19 +113,24 @@ def ladder_section(facts: RunFacts) -> Html:
             tag(
                 "p",
                 f"Below a figure, and as whiskers in the picture: where it would lie with other rows like these, with "
-                f"{sure} certainty. Differences smaller than that are noise.",
+                f"{sure} certainty. Differences smaller than that are noise."
+                + (" ≈: not to be told from the trained model's." if any(rung.get("noise") for rung in rungs) else ""),
                 class_="hint",
             )
         )
     else:
         content.append(missing("intervals"))
     content.append(terms(figures))
-    content += [_general(rungs), _tasks(rungs)]
+    content += [_general(rungs), _tasks(rungs), _merges(facts)]
+    parts = {"general": _general(rungs), "tasks": _tasks(rungs), "merges": facts.merges}
+    content += [missing(name) for name, found in parts.items() if found is None]
     return section("ladder", title, lead, *content)
 
 
 def _number(rung: Mapping[str, Any], figure: Figure) -> Child:
     shown = figure.show(value(rung, figure.key))
+    if is_noise(rung, figure.key):
+        shown = f"≈ {shown}"
     found = interval(rung, figure.key)
     if found is None or found[0] == found[1]:
         return shown
@@ -172,6 +186,24 @@ def _general(rungs: Sequence[Mapping[str, Any]]) -> Html | None:
     )
     heads = ("model", *(figure.title.partition(",")[0] for figure in figures))
     return Html(tag("h3", "General text") + tag("p", text) + table("Figures on general text", heads, rows))
+
+
+def _merges(facts: RunFacts) -> Html | None:
+    """Both merges behind the quantizer, and which to ship."""
+    merges = facts.merges
+    if merges is None:
+        return None
+    both = {base: merges[base] for base in ("dequantized", "original") if merges.get(base)}
+    ship = "Either can be shipped" if merges["ship"] == "either" else f"Ship the merge into the {merges['ship']} base"
+    figures = measured_figures(list(both.values()))
+    rows = [row(f"into the {base} base", *(_number(rung, figure) for figure in figures)) for base, rung in both.items()]
+    text = (
+        "The adapter can be written into the base as training saw it, dequantized from 4 bits, or into the original in "
+        "16 bits, which is without the error of 4 bits that the adapter may have made up for. Both, compressed again:"
+    )
+    shown = table("Both merges, compressed", ("merge", *(figure.title for figure in figures)), rows, class_="ladder")
+    verdict = tag("p", tag("b", f"{ship}: "), merges["why"])
+    return Html(tag("h3", "Which base to merge into") + tag("p", text) + shown + verdict)
 
 
 def _tasks(rungs: Sequence[Mapping[str, Any]]) -> Html | None:
