@@ -417,6 +417,7 @@ def test_a_missed_gate_ends_with_3_and_keeps_the_artefacts(finished, capsys):
     assert caught.value.exit_code == 3
     assert (run_dir / "gptq" / "model.safetensors").is_file()
     assert "The ladder" in capsys.readouterr().out
+    assert "Do not ship it: 2 checks failed" in (run_dir / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_without_eval_rows_the_run_says_that_nothing_was_measured(tiny_recipe, capsys):

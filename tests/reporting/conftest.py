@@ -150,9 +150,8 @@ def _survival(layers: int, odd: str) -> dict:
     modules.append(
         dict.fromkeys(modules[0], None) | {"name": "lm_head", "layer": None, "kind": "lm_head", "weight_error": 0.04}
     )
-    overall = {
-        key: 0.5 for key in ("cosine", "energy", "codes_changed", "weight_error", "output_error", "expected_error")
-    }
+    figures = ("cosine", "energy", "codes_changed", "weight_error", "output_error", "expected_error")
+    overall = {key: sum(module[key] for module in modules[:-1]) / len(modules[:-1]) for key in figures}
     worst = [module["name"] for module in sorted(modules[:-1], key=lambda module: module["energy"])[:5]]
     damaged = (
         [{"name": modules[0]["name"], "why": f"its scales are twice what its weights ask for{odd}"}] if odd else []

@@ -80,7 +80,6 @@ def dot_chart(name: str, title: str, description: str, dots: Sequence[Dot], *, l
     def place(value: float) -> float:
         return 0.0 if logarithmic and value <= 0 else min(100.0, max(0.0, scale.place(value)))
 
-    # 12 pixels are left free on both sides, so that a dot at an end is whole.
     plot: list[Html] = []
     for index, tick in enumerate(scale.ticks):
         x = f"{scale.place(tick)}%"
@@ -99,8 +98,7 @@ def dot_chart(name: str, title: str, description: str, dots: Sequence[Dot], *, l
         plot.append(mark)
         plot.append(tag("text", _cut(dot.label), x="0%", y=y - 11, class_=label))
         plot.append(tag("text", dot.shown, x="100%", y=y - 11, text_anchor="end", class_=label))
-    inner = tag("svg", *plot, x="8", y="0", height=height, style="width:calc(100% - 16px)", overflow="visible")
-    return _picture(name, title, description, height, inner)
+    return _picture(name, title, description, height, *plot, class_="chart dots")
 
 
 def curve_chart(name: str, title: str, description: str, curves: Sequence[Curve]) -> Html:
@@ -154,10 +152,10 @@ def bar(share: float, expected: float | None) -> Html:
     return tag("svg", *parts, class_="bar", aria_hidden="true", height="14")
 
 
-def _picture(name: str, title: str, description: str, height: int, *parts: Html) -> Html:
+def _picture(name: str, title: str, description: str, height: int, *parts: Html, class_: str = "chart") -> Html:
     titles = tag("title", title, id=f"{name}-title"), tag("desc", description, id=f"{name}-desc")
     labels = {"aria_labelledby": f"{name}-title", "aria_describedby": f"{name}-desc"}
-    return tag("svg", *titles, *parts, class_="chart", role="img", height=height, **labels)
+    return tag("svg", *titles, *parts, class_=class_, role="img", height=height, **labels)
 
 
 def _line(x1: str, y1: float, x2: str, y2: float, kind: str) -> Html:
