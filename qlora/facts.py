@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.artifacts import Lineage, read_json
+from qlora.artifacts import Lineage, read_json, result_digest
 from qlora.errors import Problem, UserError
 from qlora.paths import RunDir
 from qlora.recipe import Recipe
@@ -15,7 +15,7 @@ from qlora.recipe_file import load_recipe
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run as its directory tells of it. What was not measured is None.
+    """A run as its directory tells of it. What was not measured is None, or was measured of another checkpoint.
 
     stages: lineage.json, entries of finished stages by name.
     ladder, survival, contract, generations, merges: the files of that name in evaluation/.
@@ -43,7 +43,7 @@ class RunFacts:
             )
         stages = {name: entry for name, entry in Lineage(dirs.lineage).stages.items() if entry["status"] == "complete"}
         measured = {}
-        if "evaluate" in stages:
+        if "evaluate" in stages and _of_this_checkpoint(stages):
             for name in ("ladder", "survival", "contract", "generations", "merges"):
                 path = dirs.evaluation / f"{name}.json"
                 measured[name] = read_json(path) if path.is_file() else None
@@ -53,6 +53,12 @@ class RunFacts:
         """A finished stage's metrics; empty if it has not run."""
         found: dict[str, Any] = self.stages.get(stage, {}).get("metrics", {})
         return found
+
+
+def _of_this_checkpoint(stages: dict[str, dict[str, Any]]) -> bool:
+    """Whether what was measured is what the run holds now, and not what was quantized before."""
+    measured = stages["evaluate"].get("inputs", {}).get("result of quantize")
+    return measured is None or measured == result_digest(stages.get("quantize", {}).get("outputs", {}))
 
 
 def find_run(name: str) -> Path:

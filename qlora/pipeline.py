@@ -28,6 +28,7 @@ from qlora.artifacts import (
     is_intact,
     link_weights,
     manifest,
+    result_digest,
     write_text,
 )
 from qlora.errors import GateFailed, Problem, QloraError, UserError
@@ -301,7 +302,7 @@ class Pipeline:
             _drop(result, key)
         for need in stage.needs:
             outputs = self.lineage.stages.get(need, {}).get("outputs", {})
-            result[f"result of {need}"] = digest({name: entry["sha256"] for name, entry in outputs.items()})
+            result[f"result of {need}"] = result_digest(outputs)
         return result | {f"version of {name}": version for name, version in versions().items()}
 
     @cached_property

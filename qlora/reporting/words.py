@@ -66,13 +66,15 @@ def headline(facts: RunFacts) -> Headline:
     checks = tuple(_checks(facts, judged))
     command = f"qlora run {facts.dirs.recipe}"
     if not judged.measured:
+        held_out = facts.recipe.data.eval is not None or facts.recipe.data.eval_share > 0
+        rows = "Name a file of held-out rows in data.eval, or set data.eval_share."
         return Headline(
             "unmeasured",
             "Not measured: nobody knows yet whether this can be shipped",
-            "No model of this run was measured on rows that it did not learn from.",
+            "The checkpoint that this run holds was not measured on rows that it did not learn from.",
             checks,
             (),
-            ("Name a file of held-out rows in data.eval, or set data.eval_share.", f"Then run again: {command}"),
+            (f"Run what is missing: {command}",) if held_out else (rows, f"Then run again: {command}"),
         )
     found = _found(facts)
     if judged.reasons:

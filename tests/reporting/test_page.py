@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from qlora import cli
+from qlora.artifacts import result_digest
 from qlora.facts import RunFacts
 from qlora.reporting.page import page, write_page
 from qlora.reporting.page.html import Html, tag
@@ -58,8 +59,21 @@ def test_the_verdict_comes_first_in_words_with_what_to_do(write_run, tmp_path):
     failed = page(RunFacts.read(write_run(tmp_path, "failed", failed=True)))
     assert Outline(failed).texts["h1"] == ["Do not ship it: 1 check failed"]
     assert "the gate wants at most 0.001" in failed and "Try a smaller group_size" in failed
-    unknown = page(RunFacts.read(write_run(tmp_path, "unknown", without=("ladder",))))
-    assert Outline(unknown).texts["h1"][0].startswith("Not measured") and "data.eval_share" in unknown
+    without = write_run(tmp_path, "unknown", without=("ladder",), overrides=("data.eval=null", "data.eval_share=0"))
+    unknown = page(RunFacts.read(without))
+    assert Outline(unknown).texts["h1"][0].startswith("Not measured") and "or set data.eval_share." in unknown
+
+
+def test_what_was_measured_of_another_checkpoint_says_nothing_of_this_one(write_run, tmp_path):
+    directory = write_run(tmp_path)
+    lineage = json.loads((directory / "lineage.json").read_text())
+    stages = lineage["stages"]
+    stages["evaluate"]["inputs"]["result of quantize"] = result_digest(stages["quantize"]["outputs"])
+    (directory / "lineage.json").write_text(json.dumps(lineage))
+    assert "Ship it" in page(RunFacts.read(directory))
+    stages["quantize"]["outputs"]["model.safetensors"]["sha256"] = "0" * 64
+    (directory / "lineage.json").write_text(json.dumps(lineage))
+    assert "Run what is missing: " in page(RunFacts.read(directory)).replace("<code>", "")
 
 
 def test_what_was_not_measured_is_one_line_with_the_key_that_turns_it_on(write_run, tmp_path, shown):
