@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.artifacts import Lineage
@@ -14,28 +15,40 @@ from qlora.models.estimates import model_budget, scoring_parts
 from qlora.models.loading import DTYPES, load_base, load_for_training, load_gptq, load_plain, load_trained
 from qlora.models.resources import BYTES
 from qlora.models.shapes import model_shapes, read_config, skeleton
-from qlora.models.tokens import trained_tokens
+from qlora.models.tokens import TrainedTokens, trained_tokens
+from qlora.paths import RunDir
+from qlora.recipe import Model, Recipe
 from qlora.reporting.outcome import quantized_label
 
 if TYPE_CHECKING:
+    from qlora.models.base import Base
     from qlora.stages import Run
+
+MERGED = "merged"
+GPTQ = "gptq"
 
 
 def rungs(run: Run, rows: Sequence[RenderedRow]) -> list[Rung]:
     """In order, each of what is there; `rows` are what they will be measured on."""
-    model, device = run.recipe.model, run.device_of("evaluate")
-    dtype, most = DTYPES[model.dtype], _memory_for_models(run, rows)
+    model, device, most = run.recipe.model, run.device_of("evaluate"), _memory_for_models(run, rows)
     tokens = trained_tokens(run.recipe.lora, run.base.directory, model.trust_remote_code)
-    load = partial(load_for_training, run.base, model, device, tokens=tokens)
-    plain = partial(load_base, run.base.directory, model, device, quantized=False, tokens=tokens, most=most)
-    packed = run.base.dequantized_from or ""
+    return [
+        *learning_rungs(run.base, model, run.dirs.adapter, tokens, device, most),
+        *shipped_rungs(run.recipe, run.dirs, device, most),
+    ]
+
+
+def learning_rungs(
+    base: Base, model: Model, adapter: Path, tokens: TrainedTokens | None, device: str, most: int | None = None
+) -> list[Rung]:
+    """The base in 16 bits, as training held it where that is another, and with the trained adapter on it.
+
+    most: bytes of each GPU that a model in 16 bits may take, as `place` has it.
+    """
+    load = partial(load_for_training, base, model, device, tokens=tokens)
+    plain = partial(load_base, base.directory, model, device, quantized=False, tokens=tokens, most=most)
+    packed = base.dequantized_from or ""
     kind = (packed if model.quantization == "checkpoint" else model.quantization).upper()
-    options: dict[str, Any] = {
-        "attn_implementation": model.attn_implementation,
-        "trust_remote_code": model.trust_remote_code,
-        "most": most,
-    }
-    merged = partial(load_plain, run.dirs.merged, DTYPES[run.recipe.merge.dtype], device, **options)
     found = [
         Rung(
             BASE,
@@ -43,21 +56,28 @@ def rungs(run: Run, rows: Sequence[RenderedRow]) -> list[Rung]:
             lambda: plain().eval(),
         ),
         Rung(START, f"base, {kind}", lambda: load().eval()),
-        Rung(
-            TRAINED,
-            f"trained, {kind} + LoRA",
-            lambda: load_trained(load(), run.dirs.adapter, run.base.directory),
-        ),
-        Rung("merged", "merged" if run.recipe.merge.base == "dequantized" else "merged, original base", merged),
-        Rung(
-            "gptq",
-            quantized_label(run.recipe.quantize, Lineage(run.dirs.lineage).metrics("quantize")),
-            partial(load_gptq, run.dirs.gptq, dtype, device, **options),
-        ),
+        Rung(TRAINED, f"trained, {kind} + LoRA", lambda: load_trained(load(), adapter, base.directory)),
     ]
     # Where training quantizes nothing by itself, it begins with the base.
-    left_out = {name for name, there in ((START, model.requantizes), ("merged", run.recipe.merge.write)) if not there}
-    return [rung for rung in found if rung.name not in left_out]
+    return [rung for rung in found if rung.name != START or model.requantizes]
+
+
+def shipped_rungs(recipe: Recipe, dirs: RunDir, device: str, most: int | None = None) -> list[Rung]:
+    """What a run writes to be served, which needs no base: merged, where the recipe writes it, and quantized.
+
+    most: as `learning_rungs` has it.
+    """
+    options: dict[str, Any] = {
+        "attn_implementation": recipe.model.attn_implementation,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "most": most,
+    }
+    label = quantized_label(recipe.quantize, Lineage(dirs.lineage).metrics("quantize"))
+    gptq = Rung(GPTQ, label, partial(load_gptq, dirs.gptq, DTYPES[recipe.model.dtype], device, **options))
+    if not recipe.merge.write:
+        return [gptq]
+    label = "merged" if recipe.merge.base == "dequantized" else "merged, original base"
+    return [Rung(MERGED, label, partial(load_plain, dirs.merged, DTYPES[recipe.merge.dtype], device, **options)), gptq]
 
 
 def _memory_for_models(run: Run, rows: Sequence[RenderedRow]) -> int | None:

@@ -38,7 +38,8 @@ def plan(
     if recipe.train.method == "sft":
         records = recipe.train.processes == 1 and not recipe.lora.dropout
         return plan_training(recipe, lengths, *asked, padded=False, records=records)
-    return plan_batches(recipe, lengths, longest_of(rows), *asked, fewest=fewest_rows(recipe.train.method))
+    method = recipe.train.method
+    return plan_batches(recipe, lengths, longest_of(method, rows), *asked, fewest=fewest_rows(method))
 
 
 def workload(

@@ -32,7 +32,7 @@ def generate(
 ) -> list[str]:
     """Greedy answers, one per row, without the end-of-turn token."""
     device = input_device(model)
-    stops = sorted(_stop_tokens(model, tokenizer) | {row.labels[-1] for row in rows if row.labels[-1] >= 0})
+    stops = sorted(stop_tokens(model, tokenizer) | {row.labels[-1] for row in rows if row.labels[-1] >= 0})
     answers: list[str] = []
     for first in range(0, len(rows), batch_size):
         prompts = [row.input_ids[: row.prompt_length] for row in rows[first : first + batch_size]]
@@ -58,7 +58,8 @@ def generate(
     return answers
 
 
-def _stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+def stop_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """At which generation ends: of the model's own configuration, and of the tokenizer."""
     configured = getattr(model.generation_config, "eos_token_id", None)
     listed = configured if isinstance(configured, list) else [configured]
     return {token for token in (*listed, tokenizer.eos_token_id) if token is not None}

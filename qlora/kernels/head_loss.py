@@ -67,10 +67,10 @@ class _HeadLoss(torch.autograd.Function):
             if rows_LD is not None:
                 logits_nV[:, ids_L] = hidden_ND[some] @ rows_LD.T
             loss_and_gradient_(logits_nV, targets_N[some], loss_N[some])
-            if rows_grad_LD is not None:
+            if rows_grad_LD is not None and ids_L is not None:
                 of_rows_nL = logits_nV[:, ids_L]
                 rows_grad_LD += of_rows_nL.T @ hidden_ND[some]
-                logits_nV[:, ids_L] = 0
+                logits_nV.index_fill_(1, ids_L, 0)
             if grad_ND is not None:
                 torch.mm(logits_nV, weight_VD, out=grad_ND[some])
             if grad_ND is not None and rows_LD is not None:

@@ -176,10 +176,7 @@ class Trained:
     def peak(self, one: Pass) -> int:
         """Bytes of the device, with what the process itself takes and the allocator's slack."""
         process = CUDA_CONTEXT if self.machine.on_gpu else PROCESS
-        at_peak = self._at_peak(one)
-        # Recordings have memory of their own, beside that of the first pass of a size.
-        twice = sum(at_peak.values()) - at_peak["gradients"] if self.recorded(one) else 0
-        return round(FRAGMENTATION * (process + sum(self.parts(one).values()) + twice))
+        return round(FRAGMENTATION * (process + sum(self.parts(one).values())))
 
     def seconds(self, one: Pass) -> float:
         """Of a pass; where the device's peak is not known, right up to a factor."""

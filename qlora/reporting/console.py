@@ -45,7 +45,6 @@ def log_to(directory: Path) -> Iterator[Path]:
     """Send logs and warnings of every library to a file of this process, so that the terminal stays readable."""
     global last_log
     import datasets
-    import transformers
 
     rank = int(os.environ.get("RANK", "0"))
     directory.mkdir(parents=True, exist_ok=True)
@@ -57,9 +56,7 @@ def log_to(directory: Path) -> Iterator[Path]:
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_default_handler()
-    transformers.utils.logging.enable_propagation()
+    keep_transformers_quiet()
     datasets.disable_progress_bars()
     try:
         yield path
@@ -69,6 +66,15 @@ def log_to(directory: Path) -> Iterator[Path]:
     finally:
         root.removeHandler(handler)
         handler.close()
+
+
+def keep_transformers_quiet() -> None:
+    """Have it draw no bars, and log to Python's root logger instead of the terminal."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_default_handler()
+    transformers.utils.logging.enable_propagation()
 
 
 def duration(seconds: float) -> str:

@@ -1,7 +1,8 @@
 """Small models, whose kernels end before the next one is launched: whole passes recorded as CUDA graphs.
 
 A graph replays thousands of launches as one, with tensors where they were when it was recorded. So batches are filled
-up to a few sizes, and for each of these a forward with its backward is recorded, the second time that it comes.
+up to a few sizes, and for each of these a forward with its backward is recorded when it first comes. The very first
+batch runs as it is, and builds kernels; what it took is given back, since all recordings share memory of their own.
 """
 
 from __future__ import annotations
@@ -83,29 +84,31 @@ class Graphs:
         """run: from inputs on the device to a loss, of which every launch follows from the inputs' shapes alone."""
         self._run, self._flat, self._device = run, flat, flat.whole.device
         self._gradient = torch.zeros_like(flat.whole.data)
-        self._recorded: dict[tuple[Any, ...], _Recorded | None] = {}
+        self._recorded: dict[tuple[Any, ...], _Recorded] = {}
         self._records = self._device.type == "cuda"
+        self._first = True
         self._pool: Any = torch.cuda.graph_pool_handle() if self._records else None
 
     def __call__(self, inputs: dict[str, Any]) -> torch.Tensor:
         """The loss; gradients are added to those of the parameters, as `backward` does."""
         key = tuple(tuple(each.shape) if isinstance(each, torch.Tensor) else each for each in inputs.values())
-        if key in self._recorded and self._recorded[key] is None and self._records:
-            self._recorded[key] = self._record(self._on_device(inputs))
-        recorded = self._recorded.setdefault(key, None)
-        if recorded is None:
+        if self._records and not self._first and key not in self._recorded:
+            self._record(key, self._on_device(inputs))
+        if key not in self._recorded:
+            self._first = False
             loss = self._run(self._on_device(inputs))
             self._flat.backward(loss)
             return loss.detach()
+        recorded = self._recorded[key]
         for name, tensor in recorded.inputs.items():
             tensor.copy_(inputs[name], non_blocking=True)
         recorded.graph.replay()
         self._flat.add(self._gradient)
         return recorded.loss.clone()
 
-    def _record(self, inputs: dict[str, Any]) -> _Recorded | None:
+    def _record(self, key: tuple[Any, ...], inputs: dict[str, Any]) -> None:
         graph = torch.cuda.CUDAGraph()
-        # Recordings have memory of their own, and while one is made the allocator gives none back.
+        # While a recording is made the allocator gives no memory back.
         torch.cuda.empty_cache()
         try:
             with (
@@ -121,9 +124,9 @@ class Graphs:
         except RuntimeError as error:
             log.info("training does without CUDA graphs: %s", str(error).splitlines()[0])
             self._records = False
-            return None
+            return
         tensors = {name: each for name, each in inputs.items() if isinstance(each, torch.Tensor)}
-        return _Recorded(graph, tensors, loss.detach())
+        self._recorded[key] = _Recorded(graph, tensors, loss.detach())
 
     def _on_device(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Each tensor a copy of its own, so that a recording may keep it."""

@@ -112,9 +112,13 @@ def fewest_rows(method: str) -> int:
     return 2 if method == "kto" else 1
 
 
-def longest_of(rows: Rows) -> int:
-    """Positions that one row may take in a batch; a pair takes two of the longest answer."""
-    # KTO runs another answer behind the same prompt too.
+def longest_of(method: str, rows: Rows) -> int:
+    """Positions of one row in a batch whose activations are kept; a pair takes two of the longest answer.
+
+    KTO also runs another row's answer behind each prompt, of which nothing is kept.
+    """
+    if method == "kto":
+        return int(rows.column("length").max())
     worse_N = rows.column("rejected") + rows.column("prompt_length")
     return 2 * int(np.maximum(rows.column("length"), worse_N).max())
 
@@ -130,7 +134,7 @@ def _plan(
     return plan_batches(
         recipe,
         rows.tokens,
-        longest_of(rows),
+        longest_of(recipe.train.method, rows),
         config.world_size,
         training_shapes(bare, recipe.model, base.packed or base.directory),
         AdapterShapes(sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)),

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
-from peft.utils import TrainableTokensWrapper
 from transformers import PrinterCallback
 from trl import SFTConfig
 
@@ -157,8 +156,7 @@ def _plan(
 def _can_be_recorded(model: Any, fused: Fused, config: SFTConfig) -> bool:
     """Whether nothing in passes is known that a CUDA graph cannot hold."""
     drops = any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules())
-    rows = any(isinstance(module, TrainableTokensWrapper) for module in model.modules())  # no GPU has shown it yet
-    return config.world_size == 1 and not fused.plain and not drops and not rows
+    return config.world_size == 1 and not fused.plain and not drops
 
 
 def _dataset(rows: Rows) -> Dataset:

@@ -7,6 +7,8 @@ in 16 bits is there at a time. All else, such as fused experts, is drawn for eve
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import tempfile
 from collections.abc import Sequence
@@ -22,7 +24,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from qlora.data.store import Rows
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES, bitsandbytes_config, disable_cpu_repacking, load_tokenizer
+from qlora.models.patches import each_quantized_weight
 from qlora.models.shapes import skeleton
+from qlora.models.sharding import Sharding
 from qlora.recipe import Model, Recipe
 from qlora.training import preference, sft
 
@@ -33,17 +37,19 @@ def train_random(
     """Train a recipe on such a model and rendered rows as `qlora train` would: seconds of each step, GiB, the plan.
 
     device: cpu or cuda. usable: GiB that torch is held to on a GPU, once the weights are there: what they are drawn
-    into is not training's.
+    into is not training's. Each process of a launch calls it with the same.
     """
     on_gpu = device != "cpu"
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if on_gpu else "cpu"
+    if on_gpu:
+        torch.cuda.set_device(device)
     before = torch.cuda.memory_allocated() / GIB if on_gpu else 0.0
-    device = "cuda:0" if on_gpu else "cpu"
 
-    def load(*_: Any, **__: Any) -> Any:
+    def load(*_: Any, sharding: Any = None, **__: Any) -> Any:
         """In place of reading a checkpoint."""
         if on_gpu:
             torch.cuda.set_per_process_memory_fraction(1.0)
-        model = load_random(config, recipe.model, device)
+        model = load_random(config, recipe.model, device, sharding)
         if on_gpu:
             torch.cuda.empty_cache()
             limit_gpu(usable + before)
@@ -71,20 +77,26 @@ def train_random(
     }
 
 
-def load_random(config: PretrainedConfig, model: Model, device: str) -> PreTrainedModel:
+def load_random(
+    config: PretrainedConfig, model: Model, device: str, sharding: Sharding | None = None
+) -> PreTrainedModel:
     """The counterpart of `qlora.models.loading.load_base` for a configuration alone; `model` is a recipe's section."""
     bare = skeleton(config)
     quantized = model.quantization != "none"
     options: dict[str, Any] = {"quantization_config": bitsandbytes_config(model)} if quantized else {}
-    loaded = type(bare).from_pretrained(
-        None,
-        config=config,
-        state_dict=_draw(bare, DTYPES[model.dtype], device, shared=quantized),
-        dtype=DTYPES[model.dtype],
-        device_map={"": device},
-        attn_implementation=model.attn_implementation,
-        **options,
-    )
+    taking = contextlib.nullcontext() if sharding is None else each_quantized_weight(sharding.take)
+    with taking:
+        loaded = type(bare).from_pretrained(
+            None,
+            config=config,
+            state_dict=_draw(bare, DTYPES[model.dtype], device, shared=quantized),
+            dtype=DTYPES[model.dtype],
+            device_map={"": device},
+            attn_implementation=model.attn_implementation,
+            **options,
+        )
+    if sharding is not None:
+        sharding.install(loaded)
     disable_cpu_repacking(loaded)
     loaded.config.use_cache = False
     return loaded

@@ -8,6 +8,8 @@ Each recipe is trained for --steps optimizer steps, of which the last two are ti
 long as it allows, of which half are learned (all with `loss_on: all`), and weights are random (random_model.py). Torch
 is held to what the card in the recipe's title leaves it, and the plan to nine tenths of that, as it would be on such a
 card. Of a recipe for several GPUs one process trains its share of a step's rows: gradients are exchanged with no one.
+Only where they share the base are there as many processes, and GPUs, as the recipe says; where there are not so many
+GPUs it is left out.
 
 Recipes of one model share a process, and the next one imports its libraries while this one trains. What --out holds
 already is kept, and measured again only if the recipe's settings are others, it failed, or --only names it. With --tiny
@@ -58,22 +60,30 @@ def main() -> None:
         work(json.loads(Path(arguments.job).read_text()))
         return
     found = read_rows(arguments.out)
-    groups = grouped(name for name in measurable() if is_wanted(name, found, arguments.only))
+    names = measurable(_visible_gpus() if arguments.device != "cpu" else max(COUNTS.values()))
+    groups = grouped(name for name in names if is_wanted(name, found, arguments.only))
     place = Path(tempfile.mkdtemp())
-    waiting = [start(group, place, arguments) for group in groups[:1]]
+    waiting: list[subprocess.Popen[str]] = []
     for number, group in enumerate(groups):
-        process = waiting.pop()
-        waiting += [start(following, place, arguments) for following in groups[number + 1 : number + 2]]
+        process = waiting.pop() if waiting else start(group, place, arguments)
+        following = [each for each in groups[number + 1 : number + 2] if processes_of(each) == 1]
+        waiting += [start(each, place, arguments) for each in following]
         for row in finish(process, group, place, arguments.timeout * len(group)):
             found[row["recipe"]] = row
             print(line(row), flush=True)
         write_rows(arguments.out, found)
 
 
-def measurable() -> list[str]:
-    """Recipes that are for a GPU, but those whose base is too large for one."""
-    paths = [path for path in sorted(packaged_recipes().glob("*.yaml")) if card_of(path) is not None]
-    return [path.stem for path in paths if not load_recipe(path).train.shard]
+def measurable(gpus: int = 1) -> list[str]:
+    """Recipes that are for a GPU, but those whose base is shared by more than there are."""
+    names = [path.stem for path in sorted(packaged_recipes().glob("*.yaml")) if card_of(path) is not None]
+    return [name for name in names if processes_of([name]) <= gpus]
+
+
+def processes_of(group: Sequence[str]) -> int:
+    """That recipes of one model are measured in."""
+    trains = [load_recipe(name).train for name in group]
+    return max(train.processes if train.shard else 1 for train in trains)
 
 
 def card_of(path: Path) -> tuple[int, int] | None:
@@ -112,23 +122,31 @@ def is_wanted(name: str, found: dict[str, dict[str, Any]], only: Sequence[str] |
 
 
 def grouped(names: Any) -> list[list[str]]:
-    """Recipes of one model together, the smallest model first."""
-    groups: dict[int, list[str]] = {}
+    """Recipes of one model, and of one number of processes, together; the smallest model first."""
+    groups: dict[tuple[int, int], list[str]] = {}
     for name in names:
-        groups.setdefault(SHAPES[load_recipe(name).model.base].parameters, []).append(name)
-    return [groups[size] for size in sorted(groups)]
+        kind = SHAPES[load_recipe(name).model.base].parameters, processes_of([name])
+        groups.setdefault(kind, []).append(name)
+    return [groups[kind] for kind in sorted(groups)]
 
 
 def start(group: list[str], place: Path, arguments: argparse.Namespace) -> subprocess.Popen[str]:
     """A process that measures these recipes once it is told to go."""
     environment = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+    if arguments.device == "cpu":
+        environment["ACCELERATE_USE_CPU"] = "true"
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(REPOSITORY), environment.get("PYTHONPATH"))))
     job = place / f"{group[0]}.job.json"
     options = {key: getattr(arguments, key) for key in ("steps", "device", "tiny")}
     job.write_text(json.dumps(options | {"recipes": group}))
+    command = [sys.executable]
+    if (processes := processes_of(group)) > 1:
+        configuration = str(packaged_recipes() / "accelerate" / "gpus.yaml")
+        command += ["-m", "accelerate.commands.launch", "--config_file", configuration]
+        command += ["--num_processes", str(processes)]
     with log_of(group, place).open("w") as log:
         return subprocess.Popen(
-            [sys.executable, __file__, "--out", str(arguments.out), "--job", str(job)],
+            [*command, __file__, "--out", str(arguments.out), "--job", str(job)],
             env=with_allocator(environment), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
 
@@ -153,6 +171,12 @@ def log_of(group: list[str], place: Path) -> Path:
     return place / f"{group[0]}.log"
 
 
+def _visible_gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
 def line(row: dict[str, Any]) -> str:
     if "error" in row:
         return f"{row['recipe']}: failed: {row['error']}"
@@ -166,14 +190,15 @@ def work(job: dict[str, Any]) -> None:
 
     import qlora.training.run  # noqa: F401 - its libraries, while another process trains
 
-    if sys.stdin.readline() != "go\n":
+    if "RANK" not in os.environ and sys.stdin.readline() != "go\n":
         return
     for name in job["recipes"]:
         try:
             row = measure(name, job)
         except Exception as error:  # the others are measured all the same
             row = {"error": f"{type(error).__name__}: {error}"[:300]}
-        print("RESULT", json.dumps({"recipe": name} | row), flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            print("RESULT", json.dumps({"recipe": name} | row), flush=True)
         gc.collect()
         if job["device"] != "cpu":
             torch.cuda.empty_cache()
@@ -194,7 +219,8 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
     tried = shortened(recipe, job, usable)
     rows = random_rows(tried, config.vocab_size, tried.train.batch_size * job["steps"])
     found = train_random(tried, config, rows, job["device"], usable)
-    tokens, seconds = sum(row.tokens for row in rows) / job["steps"], sum(found["step_seconds"][-TIMED:]) / TIMED
+    tokens = sum(row.tokens for row in rows) / job["steps"] / tried.train.processes
+    seconds = sum(found["step_seconds"][-TIMED:]) / TIMED
     on_gpu = job["device"] != "cpu"
     return found | {
         "settings": settings_of(recipe),
@@ -208,13 +234,15 @@ def measure(name: str, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def shortened(recipe: Recipe, job: dict[str, Any], usable: float) -> Recipe:
-    """The recipe for so few steps, of one process's share of rows, with the memory of its card."""
+    """The recipe for so few steps, of one process's share of rows, with its card's memory; what is shared stays so."""
     from qlora.training.plan import SHARE_OF_FREE, rows_per_step
 
     rows = rows_per_step(recipe, [recipe.data.max_length], recipe.train.processes) // recipe.train.processes
+    processes = recipe.train.processes if recipe.train.shard else 1
     train: dict[str, Any] = {
-        "max_steps": job["steps"], "log_every": job["steps"], "checkpoint_every": 10**6, "processes": 1,
-        "batch_size": rows, "tokens_per_step": None, "evaluate_every": None, "keep_best": False, "patience": None,
+        "max_steps": job["steps"], "log_every": job["steps"], "checkpoint_every": 10**6, "tokens_per_step": None,
+        "processes": processes, "batch_size": rows * processes, "evaluate_every": None, "keep_best": False,
+        "patience": None,
     }  # fmt: skip
     data: dict[str, Any] = {}
     lora: dict[str, Any] = {}

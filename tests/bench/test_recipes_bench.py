@@ -40,12 +40,19 @@ def test_a_card_is_what_the_title_says(tmp_path):
         assert recipes.card_of(path) == card
 
 
-def test_one_of_two_gpus_trains_its_share_of_the_rows():
+def test_one_of_two_gpus_trains_its_share_of_the_rows_unless_they_share_the_base():
     job = {"steps": 4, "device": "cuda", "tiny": False}
     recipe = load_recipe("llama-3.1-8b-2gpu")
     tried = recipes.shortened(recipe, job, 20.0)
     assert recipe.train.batch_size == 32 and tried.train.batch_size == 16 and tried.train.processes == 1
     assert tried.train.memory == pytest.approx(18.0)
+    assert "llama-3.3-70b" in recipes.measurable(gpus=2) and "llama-3.3-70b" not in recipes.measurable()
+    tried = recipes.shortened(load_recipe("llama-3.3-70b"), job, 20.0)
+    assert (
+        tried.train.shard
+        and tried.train.processes == 2
+        and tried.train.batch_size == load_recipe("llama-3.3-70b").train.batch_size
+    )
     tried = recipes.shortened(load_recipe("llama-3.1-8b-pretrain"), job, 20.0)
     assert tried.train.batch_size * tried.data.max_length == 65536
 

@@ -119,7 +119,7 @@ def test_recorded_passes_learn_the_same(dtype, recomputed, recorded) -> None:
         with torch.no_grad():  # adapters change between steps
             for parameter in parameters:
                 parameter += 0.01 * torch.randn_like(parameter)
-    count = sum(each is not None for each in graphs._recorded.values())
+    count = len(graphs._recorded)
     assert count >= 3 if recorded else count == 0
 
 

@@ -14,7 +14,7 @@ from qlora.pipeline import Pipeline
 from qlora.recipe_file import load_recipe
 from qlora.stages import Run
 from qlora.training.callbacks import MarkComplete
-from qlora.training.preference import REFERENCE, build_trainer
+from qlora.training.preference import REFERENCE, build_trainer, longest_of
 
 ANSWERS = ("copper", "granite", "linen", "cedar", "marble", "bronze", "velvet", "slate")
 
@@ -89,6 +89,23 @@ def test_batches_are_the_rendered_rows(trainer_of, method):
         if row.rejected_ids is not None:
             expected.add(tuple(row.input_ids[: row.prompt_length] + row.rejected_ids))
     assert seen == expected
+
+
+@pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])
+def test_memory_is_planned_for_the_positions_that_learn(trainer_of, method):
+    """Forwards without gradients, such as those of references, keep nothing."""
+    trainer, run = trainer_of(method, "train.batch_size=4")
+    positions = []
+
+    def look(module, args, kwargs):
+        if torch.is_grad_enabled():
+            positions.append(kwargs["input_ids"].numel())
+
+    trainer.model.get_base_model().register_forward_pre_hook(look, with_kwargs=True)
+    planned = trainer.args.per_device_train_batch_size * longest_of(method, run.train_rows.rows)
+    for batch in trainer.get_train_dataloader():
+        trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch))
+    assert 0.9 * planned <= max(positions) <= planned
 
 
 @pytest.mark.parametrize("method", ["dpo", "kto", "orpo"])

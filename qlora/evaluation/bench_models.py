@@ -1,0 +1,214 @@
+"""What `qlora bench` measures: a directory in one of the forms in which it can be run, by one of the kernels for that.
+
+16bit, nf4, nf4-double and int8 are of a 16-bit checkpoint, as transformers runs them; gptq and awq are of checkpoints
+that are packed already. `qlora` is this package's own kernels (`qlora.models.packed_decoding`), the others gptqmodel's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import Problem, UserError, missing_extra
+
+FORMS = {
+    "16bit": "16 bits",
+    "nf4": "bitsandbytes NF4",
+    "nf4-double": "bitsandbytes NF4, double",
+    "int8": "bitsandbytes int8",
+    "gptq": "GPTQ",
+    "awq": "AWQ",
+}
+DEFAULT_FORMS = ("16bit", "nf4", "int8", "gptq", "awq")
+PACKED = ("gptq", "awq")
+GPTQMODEL_BACKENDS = {
+    "marlin": "gptq_marlin",
+    "exllamav2": "gptq_exllama_v2",
+    "triton": "gptq_triton",
+    "torch": "gptq_torch",
+}
+"""gptqmodel's name of a kernel for GPTQ."""
+KERNELS = {"qlora": "qlora", "marlin": "Marlin", "exllamav2": "ExLlamaV2", "triton": "Triton", "torch": "Torch"}
+ON_CPU = ("qlora", "torch")
+OF_AWQ = ("qlora", "gptqmodel")
+"""For AWQ gptqmodel chooses among its kernels by itself."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One model that is loaded once and measured."""
+
+    directory: str
+    form: str
+    kernel: str | None = None
+    """Of gptq and awq."""
+
+    @property
+    def label(self) -> str:
+        kernel = "" if self.kernel is None else f", {KERNELS.get(self.kernel, self.kernel)}"
+        return f"{FORMS[self.form]}{kernel}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    model: Any
+    seconds: float
+    """Of loading, libraries imported and kernels built before."""
+    build_seconds: float
+    """Of building CUDA extensions at first use."""
+    eager_because: str | None
+    """Why steps of this model are known not to fit in a CUDA graph."""
+
+
+def subjects(directories: Sequence[Path], forms: Sequence[str], kernels: Sequence[str], device: str) -> list[Subject]:
+    """Every directory in each of the forms that it has. kernels: of packed ones; `auto` is all that there are.
+
+    Raises UserError with everything that cannot be measured as asked.
+    """
+    problems = [Problem(f"no form {form}", "--as", f"one of {', '.join(FORMS)}") for form in forms if form not in FORMS]
+    problems += [
+        Problem(f"no kernel {kernel}", "--kernel", f"auto, or of {', '.join(KERNELS)}")
+        for kernel in kernels
+        if kernel not in ("auto", *KERNELS)
+    ]
+    if problems:
+        raise UserError(problems)
+    found: list[Subject] = []
+    for directory in directories:
+        try:
+            method = _method(directory)
+        except UserError as error:
+            problems += error.problems
+            continue
+        own = [form for form in forms if (form == method if method else form not in PACKED)]
+        if not own:
+            what = f"a {method.upper()} checkpoint" if method else "a 16-bit checkpoint"
+            problems.append(Problem(f"{what} has none of the forms {', '.join(forms)}", str(directory), "see --as"))
+        for form in own:
+            chosen = _kernels(form, kernels, device) if form in PACKED else [None]
+            found += [Subject(str(directory), form, kernel) for kernel in chosen]
+    if problems:
+        raise UserError(problems)
+    return found
+
+
+def _method(directory: Path) -> str | None:
+    """gptq or awq; None for 16 bits."""
+    path = directory / "config.json"
+    if not path.is_file():
+        adapter = (directory / "adapter_config.json").is_file()
+        fix = "merge it first: `qlora merge`" if adapter else "name a folder that has a config.json and safetensors"
+        raise UserError("an adapter is no model of its own" if adapter else "no model here", str(directory), fix)
+    config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    if not config:
+        return None
+    method = str(config.get("quant_method", "gptq"))
+    if method not in PACKED:
+        raise UserError(f"quantized with {method}", str(path), "name a GPTQ, AWQ or 16-bit checkpoint")
+    return method
+
+
+def _kernels(form: str, asked: Sequence[str], device: str) -> list[str | None]:
+    if "auto" not in asked:
+        return list(asked) if form == "gptq" else [kernel for kernel in asked if kernel in OF_AWQ] or ["gptqmodel"]
+    there = KERNELS if form == "gptq" else OF_AWQ
+    if importlib.util.find_spec("gptqmodel") is None:
+        return ["qlora"]
+    return [kernel for kernel in there if device.startswith("cuda") or form == "awq" or kernel in ON_CPU]
+
+
+def load(subject: Subject, dtype: str, device: str) -> Loaded:
+    """Raises whatever the libraries do: a row of the table says so."""
+    import torch
+
+    from qlora.models.loading import DTYPES
+
+    if subject.kernel not in (None, "qlora") and importlib.util.find_spec("gptqmodel") is None:
+        raise missing_extra("gptqmodel", "gptq", f"the kernel {subject.kernel}")
+    if device.startswith("cuda"):
+        torch.zeros(1, device=device)  # the context
+    started = time.perf_counter()
+    built = _build(subject, DTYPES[dtype])
+    building = time.perf_counter() - started if built else 0.0
+    loader = _packed_by_qlora if subject.kernel == "qlora" else _by_gptqmodel if subject.form == "gptq" else _plain
+    _import_libraries(subject)
+    started = time.perf_counter()
+    model = loader(subject, DTYPES[dtype], device)
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    return Loaded(model.eval(), seconds, building, _known_to_be_eager(subject))
+
+
+def _known_to_be_eager(subject: Subject) -> str | None:
+    # A failed capture can leave a library's state behind, so it is not tried.
+    if subject.form == "int8":
+        return "LLM.int8 reads from the GPU which inputs are outliers, which a graph cannot"
+    return None
+
+
+def _import_libraries(subject: Subject) -> None:
+    """Those that loading would import, and that take seconds."""
+    import transformers.models.auto.modeling_auto  # noqa: F401
+
+    if subject.form in ("nf4", "nf4-double", "int8"):
+        import bitsandbytes  # noqa: F401
+    if subject.kernel == "qlora":
+        import qlora.models.packed_base
+        import qlora.models.packed_decoding  # noqa: F401
+
+
+def _plain(subject: Subject, dtype: Any, device: str) -> Any:
+    """By transformers, which has bitsandbytes quantize while it loads, and gptqmodel run AWQ."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa"}
+    if subject.form == "int8":
+        options["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
+    elif subject.form in ("nf4", "nf4-double"):
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=subject.form == "nf4-double",
+            bnb_4bit_compute_dtype=dtype,
+        )
+    return AutoModelForCausalLM.from_pretrained(subject.directory, **options)
+
+
+def _packed_by_qlora(subject: Subject, dtype: Any, device: str) -> Any:
+    from qlora.models.packed_base import load_packed
+    from qlora.models.packed_decoding import speed_up
+    from qlora.recipe import Model
+
+    settings = Model(base=subject.directory, quantization="checkpoint")
+    model = load_packed(Path(subject.directory), settings, dtype, device)
+    speed_up(model)
+    return model
+
+
+def _by_gptqmodel(subject: Subject, dtype: Any, device: str) -> Any:
+    from gptqmodel import BACKEND, GPTQModel
+
+    assert subject.kernel is not None
+    backend = BACKEND(GPTQMODEL_BACKENDS[subject.kernel])
+    return GPTQModel.load(subject.directory, backend=backend, device=device, dtype=dtype).model
+
+
+def _build(subject: Subject, dtype: Any) -> bool:
+    """Have gptqmodel build the CUDA extension of a kernel, unless its cache has it. Raises with the builder's words."""
+    import torch
+
+    names = {"marlin": "marlin_bf16" if dtype == torch.bfloat16 else "marlin_fp16", "exllamav2": "exllamav2"}
+    if subject.form != "gptq" or subject.kernel not in names:
+        return False
+    from gptqmodel import extension
+
+    name = names[subject.kernel]
+    if not extension.is_available(name):
+        raise RuntimeError(f"gptqmodel cannot build {name}: {' '.join(str(extension.error(name)).split())[-600:]}")
+    return True

@@ -1,0 +1,137 @@
+"""`qlora bench`: what it measures, what it keeps, and what one model's failure does to the others."""
+
+import json
+import shutil
+import sys
+
+import pytest
+
+from qlora.cli import main
+from qlora.errors import UserError
+from qlora.evaluation import bench as benches
+from qlora.evaluation.bench_models import Subject, load, subjects
+from qlora.evaluation.bench_process import measure
+from qlora.reporting.bench_tables import bench_table, markdown, notes, titles, with_speedups
+
+
+def run(monkeypatch, *arguments) -> int:
+    monkeypatch.setattr(sys, "argv", ["qlora", "bench", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
+def test_the_command_measures_each_model_and_keeps_what_it_has(tiny_model, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copy(tiny_model / "config.json", broken)
+    out = tmp_path / "out"
+    options = [
+        "--batch",
+        "1,3",
+        "--prompt",
+        "8",
+        "--new",
+        "5",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--as",
+        "16bit",
+    ]
+    assert run(monkeypatch, tiny_model, broken, *options, "--out", out) == 0
+    rows = json.loads((out / "bench.json").read_text())["rows"]
+    good, bad = rows[:2], rows[2:]
+    assert [row["batch"] for row in rows] == [1, 3, 1, 3]
+    for row in good:
+        assert "error" not in row, row
+        assert row["load_seconds"] > 0 and row["prefill_seconds"] > 0 and row["weights_bytes"] > 0
+        assert row["tokens_per_second"] == pytest.approx(row["batch"] / row["step_seconds"])
+        assert row["peak_bytes"] > 2**20 and row["graph"] is False
+    assert all(row["error"].startswith("loading: OSError: ") for row in bad)
+    said = capsys.readouterr().out
+    assert "8 tokens of prompt, 5 new" in said and "broken: 16 bits, failed: loading: OSError" in said
+    assert (out / "bench.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| broken: 16 bits |" in (out / "bench.md").read_text()
+
+    plan = benches.Plan((1, 3), (8,), 5, "float32", "cpu")
+    again = benches.bench([Subject(str(tiny_model), "16bit")], plan, out / "bench.json")
+    assert again == good  # no process was started: times would be others
+    assert json.loads((out / "bench.json").read_text())["rows"] == rows
+
+
+def test_a_process_that_dies_is_one_rows_error(tiny_model, tmp_path):
+    # A prompt that no machine has memory for: the process is killed, or says what it could not have.
+    plan = benches.Plan((1,), (4, 10**10), 2, "float32", "cpu", timeout=120)
+    short, long = benches.bench([Subject(str(tiny_model), "16bit")], plan, tmp_path / "bench.json")
+    assert "error" not in short and short["tokens_per_second"] > 0
+    assert "error" in long and "tokens_per_second" not in long
+
+
+@pytest.mark.parametrize(("form", "kernel"), [("nf4", None), ("gptq", "qlora"), ("awq", "qlora")])
+def test_every_form_is_measured(form, kernel, tiny_model, save_packed):
+    directory = tiny_model if kernel is None else save_packed(form)
+    row = measure(load(Subject(str(directory), form, kernel), "bfloat16", "cpu").model, 2, 6, 4)
+    assert row["tokens_per_second"] > 0 and row["eager_because"] is None
+
+
+def test_forms_and_kernels_of_directories(tiny_model, save_packed):
+    gptq, awq = save_packed("gptq"), save_packed("awq")
+    every = ("16bit", "nf4", "gptq", "awq")
+    found = [
+        (each.form, each.kernel) for each in subjects([tiny_model, gptq, awq], every, ["qlora", "marlin"], "cuda:0")
+    ]
+    assert found == [("16bit", None), ("nf4", None), ("gptq", "qlora"), ("gptq", "marlin"), ("awq", "qlora")]
+    kernels = [each.kernel for each in subjects([gptq], every, ["auto"], "cpu")]
+    assert kernels[0] == "qlora" and "marlin" not in kernels
+
+
+def test_all_that_is_wrong_is_said_at_once(tiny_model, save_packed, tmp_path, monkeypatch, capsys):
+    adapter, awkward = tmp_path / "adapter", tmp_path / "fp8"
+    for folder, name, text in (
+        (adapter, "adapter_config.json", "{}"),
+        (awkward, "config.json", '{"quantization_config": {"quant_method": "fp8"}}'),
+    ):
+        folder.mkdir()
+        (folder / name).write_text(text)
+    with pytest.raises(UserError) as error:
+        subjects([adapter, awkward, save_packed("gptq")], ["nf4"], ["auto"], "cpu")
+    assert [problem.what for problem in error.value.problems] == [
+        "an adapter is no model of its own",
+        "quantized with fp8",
+        "a GPTQ checkpoint has none of the forms nf4",
+    ]
+    assert run(monkeypatch, tiny_model, "--as", "fp3", "--kernel", "warp", "--device", "cpu") == 2
+    said = capsys.readouterr().err
+    assert "no form fp3" in said and "no kernel warp" in said
+    assert run(monkeypatch, tiny_model, "--batch", "1,x", "--device", "cpu") == 2
+    assert run(monkeypatch, tmp_path / "none", "--device", "cpu") == 2
+
+
+def rows() -> list[dict]:
+    found = []
+    for form, kernel, label, step in (("nf4", None, "bitsandbytes NF4", 0.01), ("gptq", "qlora", "GPTQ, qlora", 0.004)):
+        for batch in (1, 8):
+            head = {"directory": f"/models/{form}", "model": form, "form": form, "kernel": kernel, "label": label}
+            head |= {"dtype": "bfloat16", "device": "cuda:0", "new": 16, "batch": batch, "prompt": 128}
+            head |= {"load_seconds": 3.0, "weights_bytes": 4 * 2**30, "peak_bytes": 5 * 2**30, "graph": True}
+            head |= {"prefill_seconds": 0.02, "step_seconds": step, "tokens_per_second": batch / step}
+            found.append(head | {"eager_because": None})
+    found[1] = found[1] | {"graph": False, "eager_because": "a reason"}
+    found[3] = {key: found[3][key] for key in ("directory", "model", "form", "kernel", "label", "dtype", "new")}
+    found[3] |= {"batch": 8, "prompt": 128, "error": "OutOfMemoryError: a | b"}
+    return found
+
+
+def test_tables_say_how_much_faster_and_what_failed():
+    assert with_speedups(rows())[2]["speedup"] == pytest.approx(2.5)
+    assert bench_table(rows(), 128).row_count == 4
+    text = markdown(rows(), "a machine")
+    assert "| GPTQ, qlora | 3.0 | 4.00 | 1 | 20.0 | 4.00 | 250 | 5.00 | 2.50 |  |" in text
+    assert "| failed |" in text and "- GPTQ, qlora, failed: OutOfMemoryError: a / b" in text
+    assert notes(rows()) == [
+        "bitsandbytes NF4, eager: a reason",
+        "GPTQ, qlora, failed: OutOfMemoryError: a | b",
+    ]
+    assert list(titles(rows()).values()) == ["bitsandbytes NF4", "GPTQ, qlora"]
