@@ -98,7 +98,11 @@
     show(cell);
   });
   map.addEventListener("focusout", hide);
-  addEventListener("scroll", () => { if (!map.contains(document.activeElement)) hide(); }, { passive: true });
+  addEventListener("scroll", () => { // values stay beside a cell that has the focus, and go where the mouse left one
+    if (tip.hidden) return;
+    if (map.contains(document.activeElement)) show(document.activeElement);
+    else hide();
+  }, { passive: true });
   map.addEventListener("keydown", (event) => {
     const cell = cellOf(event);
     if (!cell) return;
