@@ -110,6 +110,11 @@ def manifest(directory: Path) -> dict[str, dict[str, Any]]:
     return {str(p.relative_to(directory)): {"bytes": p.stat().st_size, "sha256": file_digest(p)} for p in files}
 
 
+def result_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
+    """Of what a stage made, from its manifest."""
+    return digest({name: entry["sha256"] for name, entry in files.items()})
+
+
 def is_intact(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether every file of a manifest is there with its size."""
     return all(

@@ -7,8 +7,7 @@ of each stage, and says which serving engines will load the result.
 from __future__ import annotations
 
 import importlib.util
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any, ParamSpec, TypeVar
@@ -19,12 +18,10 @@ from qlora.data.lint import Segment, SplitReport, coloured, lint
 from qlora.data.methods import unfit_rows
 from qlora.data.preparation import PreparedData, render_rows
 from qlora.data.splits import read_splits
-from qlora.data.store import Rows as RenderedRows
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
 from qlora.evaluation.tasks import require_tasks
 from qlora.fits import Free, free_now, shortfalls, slowed
-from qlora.merging.combination import combined_parameters
 from qlora.models.base import as_converted
 from qlora.models.estimates import estimate_stages
 from qlora.models.held import mixture_notes, training_shapes
@@ -32,13 +29,12 @@ from qlora.models.loading import load_tokenizer, pick_device
 from qlora.models.packed_base import packed_notes, require_packed
 from qlora.models.patches import parse_gguf_once
 from qlora.models.preview import Preview, preview_base
-from qlora.models.resources import Machine, Rows, StageEstimate, Workload, machine_of
-from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, read_config, skeleton
+from qlora.models.resources import Machine, StageEstimate, machine_of
+from qlora.models.shapes import AdapterShapes, ModelShapes, read_config, skeleton
 from qlora.models.tokens import TrainedTokens, add_tokens
 from qlora.quantization.external import check_options
 from qlora.quantization.preview import (
     CalibrationPart,
-    CalibrationPreview,
     check_quantization,
     preview_calibration,
     starved_linears,
@@ -48,8 +44,10 @@ from qlora.recipe import Recipe
 from qlora.recipe_measuring import GENERAL_LENGTH
 from qlora.training.arguments import training_arguments
 from qlora.training.launch import require_processes
-from qlora.training.plan import TrainingPlan, plan_batches, plan_training, rows_per_step
-from qlora.training.preference import PASSES, fewest_rows, longest_of
+from qlora.training.plan import rows_per_step
+from qlora.training.preference import PASSES
+from qlora.workload import adapter_of, step_lengths, workload
+from qlora.workload import plan as plan_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -133,20 +131,14 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
     if unfit:
         report.problems += unfit
         return report
-    lengths = train.rows.lengths if recipe.train.method == "sft" else train.rows.tokens
+    lengths = step_lengths(recipe, train.rows)
     attempt(rows_per_step, recipe, lengths, recipe.train.processes)
     attempt(require_processes, recipe, recipe.train.processes)
     attempt(training_arguments, recipe, device, recipe.run_dir / "checkpoints", has_eval=evaluation is not None)
     plan = None
     if shapes is not None and adapter is not None:
         free = report.free.host if report.free.device is None else report.free.device
-        asked = (recipe.train.processes, shapes, adapter, report.machine, free)
-        if recipe.train.method == "sft":
-            records = recipe.train.processes == 1 and not recipe.lora.dropout
-            plan = attempt(plan_training, recipe, lengths, *asked, padded=False, records=records)
-        else:
-            longest, fewest = longest_of(recipe.train.method, train.rows), fewest_rows(recipe.train.method)
-            plan = attempt(plan_batches, recipe, lengths, longest, *asked, fewest=fewest)
+        plan = attempt(plan_of, recipe, train.rows, shapes, adapter, report.machine, free)
     held_out = evaluation.rows if evaluation else None
     assert tokenizer is not None, "rows were rendered with it"
     if recipe.evaluate.general is not None:
@@ -158,7 +150,7 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
             report.warnings += attempt(starved_linears, recipe, shapes, calibration.rows) or []
     if plan is None or calibration is None or shapes is None or adapter is None:
         return report
-    work, report.steps = _workload(recipe, plan, lengths, calibration, evaluation)
+    work, report.steps = workload(recipe, plan, lengths, calibration, held_out)
     report.rows_per_step = plan.schedule.rows_per_step
     report.seen_tokens = round(work.train_tokens / PASSES[recipe.train.method])
     report.training = plan.text
@@ -201,7 +193,7 @@ def _look_at_model(
         return None, None
     attempt(_look_at_quantization, recipe, shapes, model.config.model_type, report, attempt)
     architecture = type(model).__name__
-    adapter = attempt(_adapter, model, recipe, tokens)
+    adapter = attempt(adapter_of, recipe, model, tokens)
     report.warnings += [*packed_notes(base, recipe.model, shapes), *mixture_notes(model, recipe, shapes)]
     report.base = BaseFacts(
         base.id,
@@ -219,11 +211,6 @@ def _look_at_model(
 def _shapes(model: Any, recipe: Recipe, base: Preview) -> ModelShapes:
     require_packed(base.id, base.quantized, recipe.model)
     return training_shapes(model, recipe.model, base.directory)
-
-
-def _adapter(model: Any, recipe: Recipe, tokens: TrainedTokens | None) -> AdapterShapes:
-    combined = recipe.lora.combine
-    return AdapterShapes(combined_parameters(combined)) if combined else adapter_shapes(model, recipe.lora, tokens)
 
 
 def _look_at_quantization(
@@ -294,30 +281,6 @@ def _look_at_data(
     shown = sorted({0, len(train.rows) // 2, len(train.rows) - 1}) if train.rows else []
     report.examples = [(number + 1, coloured(train.rows[number], tokenizer)) for number in shown]
     return train, evaluation
-
-
-def _workload(
-    recipe: Recipe,
-    plan: TrainingPlan,
-    lengths: Sequence[int],
-    calibration: CalibrationPreview,
-    evaluation: PreparedData | None,
-) -> tuple[Workload, int]:
-    """Tokens per stage, and the number of optimizer steps."""
-    per_epoch = plan.schedule.steps_per_epoch
-    count = recipe.train.max_steps or max(1, math.ceil(per_epoch * recipe.train.epochs))
-    held_out = evaluation.rows[: recipe.evaluate.rows] if evaluation else RenderedRows.of([])
-    work = Workload(
-        train_tokens=round(PASSES[recipe.train.method] * count * sum(lengths) / per_epoch),
-        train_sequence=sum(length**2 for length in lengths) / sum(lengths),
-        largest_pass=plan.memory.largest,
-        calibration=Rows.of(row.input_ids for row in calibration.rows),
-        refinement=Rows.of(row.input_ids for row in calibration.refinement) if calibration.refinement else None,
-        evaluation=Rows(sum(held_out.lengths), max(held_out.lengths, default=0)),
-        eval_answer_tokens=int(held_out.column("supervised").sum()),
-        eval_longest_answer=int(held_out.column("supervised").max(initial=0)),
-    )
-    return work, count
 
 
 def _missing_packages(recipe: Recipe) -> list[Problem]:

@@ -108,6 +108,36 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
 
 
 @qlora.command()
+@click.argument("run", metavar="RUN")
+@click.option("--text", is_flag=True, help="Show it here, and write nothing.")
+def report(run: str, text: bool) -> None:
+    """Write the report of a run again: RUN/report/index.html. RUN is its directory, its name, or its recipe."""
+    from qlora.facts import RunFacts, find_run
+    from qlora.reporting.console import console
+
+    facts = RunFacts.read(find_run(run))
+    if text:
+        from qlora.reporting.text import show
+
+        show(facts, console())
+        return
+    from qlora.reporting.page import write_page
+
+    console().print(f"Report: [bold]{write_page(facts)}[/bold]")
+
+
+@qlora.command()
+@click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True)
+def compare(runs: tuple[str, ...]) -> None:
+    """What differs between runs: recipes, data, versions; and their ladders, time and memory side by side."""
+    from qlora.facts import RunFacts, find_run
+    from qlora.reporting.compare import show
+    from qlora.reporting.console import console
+
+    show([RunFacts.read(find_run(run)) for run in runs], console())
+
+
+@qlora.command()
 @click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
 @click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="Default: 0, the likeliest token.")
 @click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")

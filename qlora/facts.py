@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.artifacts import Lineage, read_json
-from qlora.errors import UserError
+from qlora.artifacts import Lineage, read_json, result_digest
+from qlora.errors import Problem, UserError
 from qlora.paths import RunDir
 from qlora.recipe import Recipe
 from qlora.recipe_file import load_recipe
@@ -15,10 +15,10 @@ from qlora.recipe_file import load_recipe
 
 @dataclass(frozen=True)
 class RunFacts:
-    """A run as its directory tells of it. What was not measured is None.
+    """A run as its directory tells of it. What was not measured is None, or was measured of another checkpoint.
 
     stages: lineage.json, entries of finished stages by name.
-    ladder, survival, contract, generations: the files of that name in evaluation/.
+    ladder, survival, contract, generations, merges: the files of that name in evaluation/.
     """
 
     dirs: RunDir
@@ -28,6 +28,7 @@ class RunFacts:
     survival: dict[str, Any] | None = None
     contract: dict[str, Any] | None = None
     generations: dict[str, Any] | None = None
+    merges: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, directory: Path) -> RunFacts:
@@ -42,8 +43,8 @@ class RunFacts:
             )
         stages = {name: entry for name, entry in Lineage(dirs.lineage).stages.items() if entry["status"] == "complete"}
         measured = {}
-        if "evaluate" in stages:
-            for name in ("ladder", "survival", "contract", "generations"):
+        if "evaluate" in stages and _of_this_checkpoint(stages):
+            for name in ("ladder", "survival", "contract", "generations", "merges"):
                 path = dirs.evaluation / f"{name}.json"
                 measured[name] = read_json(path) if path.is_file() else None
         return cls(dirs, load_recipe(str(dirs.recipe)), stages, **measured)
@@ -52,3 +53,25 @@ class RunFacts:
         """A finished stage's metrics; empty if it has not run."""
         found: dict[str, Any] = self.stages.get(stage, {}).get("metrics", {})
         return found
+
+
+def _of_this_checkpoint(stages: dict[str, dict[str, Any]]) -> bool:
+    """Whether what was measured is what the run holds now, and not what was quantized before."""
+    measured = stages["evaluate"].get("inputs", {}).get("result of quantize")
+    return measured is None or measured == result_digest(stages.get("quantize", {}).get("outputs", {}))
+
+
+def find_run(name: str) -> Path:
+    """The directory of a run that is named by its path, by its name in runs/, or by its recipe."""
+    for path in (Path(name), Path("runs") / name):
+        if path.is_dir():
+            return path
+    try:
+        return load_recipe(name).run_dir
+    except UserError as error:
+        raise UserError(
+            [
+                Problem("there is no such run", name, "name the folder that `qlora run` wrote, such as runs/NAME"),
+                *error.problems,
+            ]
+        ) from None

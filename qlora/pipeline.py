@@ -28,6 +28,7 @@ from qlora.artifacts import (
     is_intact,
     link_weights,
     manifest,
+    result_digest,
     write_text,
 )
 from qlora.errors import GateFailed, Problem, QloraError, UserError
@@ -38,10 +39,12 @@ from qlora.recipe import Recipe
 from qlora.recipe_file import dump_recipe
 from qlora.reporting.console import StageProgress, console, duration, is_main_process, log_to
 from qlora.reporting.outcome import ladder_notes, quantize_notes, summary
+from qlora.reporting.page import write_page
 from qlora.reporting.tables import ladder_table
 from qlora.reporting.tracking import Tracker
 from qlora.stages import Progress, Run
 from qlora.verdict import verdict
+from qlora.workload import expected
 
 VERSIONED = ("qlora", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -224,6 +227,7 @@ class Pipeline:
             if not is_main_process():
                 stage.run(self.state, entry["fingerprint"], None, progress.update)
                 return
+            entry["expected"] = self._expected.get(stage.name)
             self.lineage.record(stage.name, entry)
             self.out.print(f"  {stage.name:10} …")
             # Another device computes other bytes: one artefact is made on one.
@@ -273,7 +277,10 @@ class Pipeline:
                 self.out.print(note)
         for note in quantize_notes(self.lineage.metrics("quantize")):
             self.out.print(note, markup=False)
+        report = write_page(facts)
+        self.tracker.show(facts, report)
         self.out.print(f"\nGPTQ checkpoint: [bold]{self.dirs.gptq}[/bold]")
+        self.out.print(f"Report: [bold]{report}[/bold]")
         if reasons := verdict(facts).reasons:
             raise GateFailed(reasons)
 
@@ -298,8 +305,13 @@ class Pipeline:
             _drop(result, key)
         for need in stage.needs:
             outputs = self.lineage.stages.get(need, {}).get("outputs", {})
-            result[f"result of {need}"] = digest({name: entry["sha256"] for name, entry in outputs.items()})
+            result[f"result of {need}"] = result_digest(outputs)
         return result | {f"version of {name}": version for name, version in versions().items()}
+
+    @cached_property
+    def _expected(self) -> dict[str, dict[str, float | None]]:
+        """What each stage is estimated to take, for the report to compare with."""
+        return expected(self.state)
 
     @cached_property
     def _digests(self) -> dict[str, Any]:

@@ -29,3 +29,13 @@ ensure_env() { # ensure_env EXTRAS, for example: ensure_env dev,gguf,gptq
 install() {
   .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@" 2> >(grep -v '^WARNING: Location' >&2)
 }
+
+ensure_chromium() { # the browser that tests of the report are run in; without it they are skipped, and say so
+  command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null && return
+  if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    echo "installing chromium (once) …"
+    apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium >/dev/null
+  else
+    echo "chromium is not installed: tests of the report in a browser will be skipped" >&2
+  fi
+}

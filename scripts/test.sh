@@ -7,6 +7,7 @@ cd "$(dirname "$0")/.."
 . scripts/env.sh
 ensure_env dev,gguf,gptq
 bash scripts/fetch_model.sh
+ensure_chromium
 ruff check .
 ruff format --check --quiet .
 mypy

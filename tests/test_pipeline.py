@@ -104,7 +104,17 @@ def finished(tmp_path_factory, tiny_model, facts_file, eval_file):
 
 def test_a_run_leaves_the_directory_of_the_contract(finished, supported):
     _, run_dir, output = finished
-    expected = {"recipe.yaml", "lineage.json", "adapter", "checkpoints", "merged", "gptq", "evaluation", "logs"}
+    expected = {
+        "recipe.yaml",
+        "lineage.json",
+        "adapter",
+        "checkpoints",
+        "merged",
+        "gptq",
+        "evaluation",
+        "logs",
+        "report",
+    }
     assert {path.name for path in run_dir.iterdir() if not path.name.startswith(".")} == expected
     assert {"base.json", "adapter_model.safetensors", "tokenizer.json"} <= {
         p.name for p in (run_dir / "adapter").iterdir()
@@ -112,9 +122,12 @@ def test_a_run_leaves_the_directory_of_the_contract(finished, supported):
     for stage in STAGES:
         entry = read_json(run_dir / "lineage.json")["stages"][stage]
         assert entry["status"] == "complete" and entry["outputs"] and entry["versions"]["torch"]
+        assert entry["expected"]["seconds"] > 0 and entry["expected"]["host_gib"] > 1
     ladder = read_json(run_dir / "evaluation" / "ladder.json")
     assert [rung["name"] for rung in ladder["rungs"]] == ["base", "nf4", "trained", "merged", "gptq"]
     assert "The ladder: 3 held-out rows" in output
+    assert f"Report: {run_dir}/report/index.html" in output
+    assert "<h1" in (run_dir / "report" / "index.html").read_text(encoding="utf-8")
     supported(run_dir)
 
 
@@ -404,6 +417,7 @@ def test_a_missed_gate_ends_with_3_and_keeps_the_artefacts(finished, capsys):
     assert caught.value.exit_code == 3
     assert (run_dir / "gptq" / "model.safetensors").is_file()
     assert "The ladder" in capsys.readouterr().out
+    assert "Do not ship it: 2 checks failed" in (run_dir / "report" / "index.html").read_text(encoding="utf-8")
 
 
 def test_without_eval_rows_the_run_says_that_nothing_was_measured(tiny_recipe, capsys):

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 last_log: Path | None = None  # of the latest run in this process
@@ -27,6 +28,16 @@ def is_main_process() -> bool:
 def console() -> Console:
     """Standard output; silent on other ranks than 0."""
     return Console(quiet=not is_main_process(), highlight=False, soft_wrap=True)
+
+
+def printable(words: str) -> str:
+    """Text of others, which may hold what a terminal would obey: every such character is replaced."""
+    return "".join(each if each.isprintable() or each == "\n" else "\ufffd" for each in words)
+
+
+def plain(words: str) -> str:
+    """Text of others, to be printed as it is: for places where markup is read."""
+    return escape(printable(words))
 
 
 @contextlib.contextmanager

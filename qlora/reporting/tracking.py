@@ -9,13 +9,15 @@ import netrc
 import os
 import urllib.parse
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qlora.artifacts import read_json, write_json
 from qlora.errors import UserError
+from qlora.facts import RunFacts
 from qlora.recipe import Recipe
+from qlora.reporting.figures import SURVIVAL, Figure, measured_figures, value
 
 
 class Tracker:
@@ -42,6 +44,19 @@ class Tracker:
         if self._writer is not None:
             for key, value in numbers.items():
                 self._writer.add_scalar(key, value, step or 0)
+
+    def show(self, facts: RunFacts, report: Path) -> None:
+        """What was measured of a finished run, as tables and plots; wandb gets the report itself too."""
+        if not self._recipe.track.to:
+            return
+        self._start()
+        figures = measured_figures(facts.ladder["rungs"]) if facts.ladder else []
+        rungs = facts.ladder["rungs"] if facts.ladder else []
+        modules = facts.survival["modules"] if facts.survival else []
+        if self._wandb is not None:
+            self._wandb.log(_wandb_plots(figures, rungs, modules, report))
+        if self._writer is not None and rungs:
+            self._writer.add_text("ladder", _markdown(figures, rungs))
 
     def close(self, exit_code: int = 0) -> None:
         if self._wandb is not None:
@@ -74,6 +89,48 @@ def _start_wandb(recipe: Recipe, directory: Path) -> Any:
     run.define_metric("train/step")
     run.define_metric("train/*", step_metric="train/step")
     return run
+
+
+def _wandb_plots(
+    figures: Sequence[Figure], rungs: Sequence[Mapping[str, Any]], modules: Sequence[Mapping[str, Any]], report: Path
+) -> dict[str, Any]:
+    """The ladder and every module as tables, figures as bars over rungs, and as curves over layers, one for a kind."""
+    import wandb
+
+    plots: dict[str, Any] = {"report": wandb.Html(str(report))}
+    if rungs:
+        rows = [[rung["label"], *(value(rung, figure.key) for figure in figures)] for rung in rungs]
+        plots["ladder/table"] = wandb.Table(["model", *(figure.title for figure in figures)], rows)
+        for figure in figures:
+            bars = [[rung["label"], value(rung, figure.key)] for rung in rungs if value(rung, figure.key) is not None]
+            table = wandb.Table(["model", figure.title], bars)
+            plots[f"ladder/{figure.key}"] = wandb.plot.bar(
+                table, "model", figure.title, title=figure.plain or figure.title
+            )
+    if modules:
+        keys = ("name", "layer", "kind", *(figure.key for figure in SURVIVAL))
+        plots["survival/modules"] = wandb.Table(list(keys), [[module.get(key) for key in keys] for module in modules])
+    for figure in SURVIVAL:
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for module in modules:
+            if module.get("layer") is not None and module.get(figure.key) is not None:
+                lines.setdefault(module["kind"], []).append((module["layer"], module[figure.key]))
+        if lines:
+            layers, values = zip(*(zip(*sorted(points), strict=True) for points in lines.values()), strict=True)
+            plots[f"survival/{figure.key}"] = wandb.plot.line_series(
+                [list(each) for each in layers],
+                [list(each) for each in values],
+                keys=list(lines),
+                title=figure.title,
+                xname="layer",
+            )
+    return plots
+
+
+def _markdown(figures: Sequence[Figure], rungs: Sequence[Mapping[str, Any]]) -> str:
+    lines = [["model", *(figure.title for figure in figures)], ["---"] * (len(figures) + 1)]
+    lines += [[rung["label"], *(figure.show(value(rung, figure.key)) for figure in figures)] for rung in rungs]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _has_wandb_key() -> bool:

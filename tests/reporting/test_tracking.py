@@ -25,6 +25,11 @@ def test_trackers_get_one_run_and_the_terminal_stays_quiet(tiny_recipe, tmp_path
     run_id = read_json(tracking / "wandb.json")["id"]
     (offline,) = tracking.glob("wandb/offline-run-*")
     assert offline.name.endswith(run_id)
+    media = {
+        path.relative_to(offline / "files" / "media").as_posix().partition("_")[0]
+        for path in offline.rglob("media/*/**/*.*")
+    }
+    assert {"html/report", "table/ladder/table", "table/ladder/kl"} <= media
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -33,6 +38,7 @@ def test_trackers_get_one_run_and_the_terminal_stays_quiet(tiny_recipe, tmp_path
     tags = set(events.Tags()["scalars"])
     assert {"train/loss", "train/grad_norm", "merge/seconds", "quantize/seconds", "evaluate/gptq_kl"} <= tags
     assert [event.step for event in events.Scalars("train/loss")] == [1, 2, 3, 4, 5, 6]
+    assert "| GPTQ, 4 bits, group 32 |" in events.Tensors("ladder/text_summary")[0].tensor_proto.string_val[0].decode()
 
     result = run(path, "quantize.bits=8")  # a later command continues the same run
     assert result.returncode == 0, result.stdout + result.stderr
