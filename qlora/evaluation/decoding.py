@@ -24,8 +24,9 @@ ALIGNED = 64
 """Slots of a cache are a multiple of it: attention with a mask is fastest so."""
 WARM_UP = 3
 """Steps before capture: libraries choose kernels, and Triton compiles its own."""
-# Of logits relative to their deviation: graph and step run the same kernels, though some add in any order.
-NOISE = 0.05
+# Root mean square of what logits differ by, in their deviations. Libraries may choose other kernels in a capture, whose
+# rounding came to 0.04 in 32 layers of random weights; where a linear of one of them is missing it is above 0.15.
+NOISE = 0.1
 
 
 class _Layer(StaticLayer):
@@ -183,7 +184,7 @@ class Decoder:
             self._step()
             of_step = self._logits_BV.float()
             torch.cuda.synchronize()
-        error = (of_graph - of_step).abs().max() / of_step.std()
+        error = (of_graph - of_step).square().mean().sqrt() / of_step.std()
         if bool(error <= NOISE):
             return None
         return f"a graph of it gives other logits (by {float(error):.2g} of their deviation): a kernel is not in it"

@@ -54,9 +54,9 @@ class Tiles:
     """Programs that there should be for each multiprocessor; inputs are split to have them."""
 
 
-# As few columns as half the threads: with more, Triton gives scales a layout of their own, and moves all codes to it.
-ONE_ROW = Tiles(words=16, columns=64, warps=4, per_processor=6)
-FEW_ROWS = Tiles(words=16, columns=64, warps=4, per_processor=4)
+# The fastest of those that scripts/bench/gemv.py tries, on an H200. As few columns as half the threads: with more, Triton gives scales a layout of their own, and moves all codes to it.
+ONE_ROW = Tiles(words=16, columns=64, warps=4, per_processor=12)
+FEW_ROWS = Tiles(words=16, columns=128, warps=8, per_processor=6)
 GATED_COLUMNS = 512
 ONE_IN_FLOAT = 0x3F800000
 """The bits of 1.0. To kernels it is an argument: with a constant, masking and setting take two instructions."""
