@@ -54,7 +54,8 @@ class Tiles:
     """Programs that there should be for each multiprocessor; inputs are split to have them."""
 
 
-# The fastest of those that scripts/bench/gemv.py tries, on an H200. As few columns as half the threads: with more, Triton gives scales a layout of their own, and moves all codes to it.
+# The fastest of those that scripts/bench/gemv.py tries, on an H200. As few columns as half the threads: with more,
+# Triton gives scales a layout of their own, and moves all codes to it.
 ONE_ROW = Tiles(words=16, columns=64, warps=4, per_processor=12)
 FEW_ROWS = Tiles(words=16, columns=128, warps=8, per_processor=6)
 GATED_COLUMNS = 512
