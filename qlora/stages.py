@@ -304,6 +304,7 @@ def _quantizer(section: Quantize) -> Callable[..., QuantizeReport]:
 def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
     from qlora.evaluation.ladder import Settings, climb
     from qlora.rungs import rungs
+    from qlora.serving_contract import golden_prompts, serving_contract
 
     assert output is not None
     if run.eval_rows is None:
@@ -312,11 +313,13 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
     rows = run.eval_rows.rows.good[: section.rows]
     settings = Settings(section.batch_size, section.generate, section.max_new_tokens, run.tokenizer.pad_token_id)
     compared = run.eval_rows.rows[: section.rows]
-    scores = climb(rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared)
+    golden = golden_prompts(run, rows)
+    scores = climb(rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared, [golden.observe])
     tokens = sum(row.supervised_tokens for row in rows)
     write_json(
         output / "ladder.json", {"rows": len(rows), "tokens": tokens, "rungs": [asdict(score) for score in scores]}
     )
+    write_json(output / "contract.json", serving_contract(run, rows, golden))
     return {f"{score.name}_{key}": value for score in scores for key, value in asdict(score).items() if key != "label"}
 
 
