@@ -107,6 +107,28 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
     report.raise_for_problems()
 
 
+@qlora.command()
+@click.argument("target", metavar="URL|DIR")
+@click.argument("run", type=click.Path(exists=True, path_type=Path), required=False)
+@click.option("--model", default="", help="The checkpoint's name on the server. Default: the only one it has.")
+@click.option("--agree", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Least share of tokens.")
+@click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0, help="Seconds for an answer.")
+def verify(target: str, run: Path | None, model: str, agree: float, timeout: float) -> None:
+    """Does a server answer as the checkpoint does: qlora verify URL RUN. Are files as written: qlora verify DIR.
+
+    URL is that of an OpenAI-compatible API; a key is taken from OPENAI_API_KEY. DIR is an exported folder, a download of
+    what was published, or a run. Ends with 3 if not.
+    """
+    from qlora import verify as verifying
+
+    if target.startswith(("http://", "https://")):
+        if run is None:
+            raise click.UsageError("name the run too, whose golden prompts are replayed: qlora verify URL RUN")
+        verifying.verify_server(target, run, model, agree, timeout)
+    else:
+        verifying.verify_files(Path(target))
+
+
 @qlora.group()
 def recipes() -> None:
     """The recipes that ship with qlora."""

@@ -139,6 +139,8 @@ class Server:
     key: str | None = field(default=None, repr=False)
     timeout: float = 120.0
     form: str = ""
+    """In which prompts were asked last."""
+    _refused: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         import httpx
@@ -154,16 +156,16 @@ class Server:
         """The greedy answer to a golden prompt, asked in the first form that the server takes."""
         refusals = []
         for form, path, body in _requests(entry, template_options):
-            if self.form and form != self.form:
+            if form in self._refused:
                 continue
             asked = {"model": self.model, "temperature": 0, "max_tokens": max_tokens} | body
             status, content = self._send("POST", path, asked)
             if status in NOT_THIS_WAY:
+                self._refused.add(form)
                 refusals.append(f"{form}: {status} {_said(content)}")
                 continue
-            reply = _reply(self._checked(status, content), self.url)
             self.form = form
-            return reply
+            return _reply(self._checked(status, content), self.url)
         why = "; ".join(refusals) or "this prompt can only be asked as messages of the checkpoint's own chat template"
         raise QloraError(
             f"the server takes the golden prompts in no form that it was offered ({why})",
@@ -198,7 +200,9 @@ class Server:
             return response.status_code, response.json()
         except json.JSONDecodeError:
             if response.status_code < 400:
-                raise QloraError("the answer is not JSON", where, "name the address of an OpenAI-compatible API") from None
+                raise QloraError(
+                    "the answer is not JSON", where, "name the address of an OpenAI-compatible API"
+                ) from None
             return response.status_code, response.text
 
     def _checked(self, status: int, content: Any) -> dict[str, Any]:
@@ -214,8 +218,8 @@ def _requests(
 ) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """(form, path, body) of every way to ask a golden prompt, the most exact first."""
     ids = {"prompt": entry["prompt_ids"]}
-    yield "token ids, answered in token ids", "completions", ids | {"return_token_ids": True}
-    yield "token ids", "completions", ids
+    yield "token ids", "completions", ids | {"return_token_ids": True}
+    yield "token ids alone", "completions", ids
     if entry.get("prompt_is_exact", True):
         yield "text", "completions", {"prompt": entry["prompt"]}
     if entry.get("messages"):
