@@ -116,8 +116,8 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
 def verify(target: str, run: Path | None, model: str, agree: float, timeout: float) -> None:
     """Does a server answer as the checkpoint does: qlora verify URL RUN. Are files as written: qlora verify DIR.
 
-    URL is that of an OpenAI-compatible API; a key is taken from OPENAI_API_KEY. DIR is an exported folder, a download of
-    what was published, or a run. Ends with 3 if not.
+    URL is that of an OpenAI-compatible API; a key is taken from OPENAI_API_KEY. DIR is an exported folder, a download
+    of what was published, or a run. Ends with 3 if not.
     """
     from qlora import verify as verifying
 
@@ -127,6 +127,47 @@ def verify(target: str, run: Path | None, model: str, agree: float, timeout: flo
         verifying.verify_server(target, run, model, agree, timeout)
     else:
         verifying.verify_files(Path(target))
+
+
+@qlora.command()
+@RECIPE
+@OVERRIDES
+@click.option("--dry-run", is_flag=True, help="Print files and sizes, and send nothing.")
+@click.option("--force", is_flag=True, help="Although a gate failed or nothing was measured; the card says so first.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+def publish(recipe: str, overrides: tuple[str, ...], dry_run: bool, force: bool, yes: bool) -> None:
+    """Results to the Hugging Face Hub, if the gates passed. Run it again to go on after an interrupt.
+
+    The repositories are those of the recipe's section `publish`; the token is that of HF_TOKEN or `hf auth login`.
+    """
+    from qlora.pipeline import Pipeline
+    from qlora.publishing import hub
+    from qlora.recipe_file import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    hub.require_section(loaded)
+    Pipeline(loaded).require_all("publish")
+    hub.publish(loaded, force=force, dry_run=dry_run, agreed=yes)
+
+
+@qlora.command()
+@click.argument("run", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option("--to", "target", type=click.Path(path_type=Path), required=True, help="Folder to write.")
+@click.option("--what", default="adapter,merged,gptq,report", show_default=True, help="Which results.")
+def export(run: Path, target: Path, what: str) -> None:
+    """A run's results in a folder that needs nothing else: checkpoints, model cards, report, manifest.
+
+    Weights are hard links where there are such. `qlora verify DIR` compares the folder with its manifest.
+    """
+    from qlora.publishing import export as exporting
+    from qlora.reporting.console import StageProgress
+
+    wanted = what.split(",")
+    if unknown := [name for name in wanted if name not in exporting.WHAT]:
+        raise click.UsageError(f"--what: {', '.join(unknown)} is none of {', '.join(exporting.WHAT)}")
+    with StageProgress("export") as progress:
+        files = exporting.export(run, target, wanted, progress.update)
+    click.echo(f"{target}: {files} files")
 
 
 @qlora.group()

@@ -1,8 +1,8 @@
 """Golden prompts replayed on an OpenAI-compatible server, and how far it answers as the checkpoint does.
 
 Greedy answers are compared up to the first token that differs. Where the checkpoint itself hardly preferred one token
-to another (a margin below NEAR_TIE), rounding may decide, and what follows is not judged; where it was sure, the rest of
-the answer counts as missed. agreement = agreed / judged tokens, over all prompts.
+to another (a margin below NEAR_TIE), rounding may decide, and what follows is not judged; where it was sure, the rest
+of the answer counts as missed. agreement = agreed / judged tokens, over all prompts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ ENOUGH_JUDGED = 0.25
 """Share of the golden tokens that must be left to judge."""
 NOT_THIS_WAY = (400, 404, 405, 415, 422, 501)
 """Status codes of a server that does not take a request of this form."""
+NO_SUCH_API = "name the address of an OpenAI-compatible API"
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def _reply(content: Mapping[str, Any], url: str) -> Reply:
         return Reply(str(choice["text"]), list(map(int, ids)) if ids else None)
     except (KeyError, TypeError, ValueError) as error:
         what = f"the answer is not one of a completion ({error!r})"
-        raise QloraError(what, url, "name the address of an OpenAI-compatible API") from None
+        raise QloraError(what, url, NO_SUCH_API) from None
 
 
 def _said(content: Any) -> str:

@@ -5,7 +5,7 @@ A run directory needs none: lineage.json has the same of what every stage wrote.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +36,10 @@ def write_manifest(folder: Path, about: Mapping[str, Any], known: Mapping[str, s
     write_json(folder / NAME, {**about, "files": files})
 
 
-def check_folder(folder: Path, progress: Progress) -> Checked:
+def check_folder(folder: Path, progress: Progress, stages: Collection[str] | None = None) -> Checked:
     """Compare a folder with its manifest, or a run directory with its lineage.
 
-    Raises QloraError if it has neither.
+    stages: of a run to look at; None for all. Raises QloraError if it has neither.
     """
     if (folder / NAME).is_file():
         return _compare({folder: read_json(folder / NAME)["files"]}, folder, progress)
@@ -49,9 +49,11 @@ def check_folder(folder: Path, progress: Progress) -> Checked:
     facts = RunFacts.read(folder)
     outputs = {"train": facts.dirs.adapter, "merge": facts.dirs.merged, "quantize": facts.dirs.gptq}
     outputs["evaluate"] = facts.dirs.evaluation
-    if not facts.stages:
+    looked_at = facts.stages.items() if stages is None else [each for each in facts.stages.items() if each[0] in stages]
+    found = {outputs[name]: entry["outputs"] for name, entry in looked_at}
+    if not found:
         raise QloraError("no stage of this run is complete", str(folder), "`qlora run` goes on with it")
-    return _compare({outputs[name]: entry["outputs"] for name, entry in facts.stages.items()}, folder, progress)
+    return _compare(found, folder, progress)
 
 
 def _compare(listed: Mapping[Path, Mapping[str, Mapping[str, Any]]], root: Path, progress: Progress) -> Checked:
