@@ -124,6 +124,8 @@ class Margins:
 
 def choose(rows: Sequence[RenderedRow], count: int, seed: int) -> list[int]:
     """Numbers of rows with different prompts, from the shorter half of them, spread evenly over the rows."""
+    if not count:
+        return []
     distinct = list({prompt_of(rows[number]): number for number in reversed(range(len(rows)))}.items())
     distinct = [(ids, number) for ids, number in distinct if ids]
     shorter = sorted(distinct, key=lambda each: len(each[0]))[: max(count, (len(distinct) + 1) // 2)]
