@@ -7,8 +7,8 @@ else a fine-tune of the base: it is more than the base in fewer bits.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,10 @@ HOW_TO_READ = (
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run cannot say of itself: the base's license, and where the merged model is published."""
+    """What a run cannot say of itself. repos: where kinds are published, by kind."""
 
     license: str | None = None
-    merged_repo: str | None = None
+    repos: Mapping[str, str] = field(default_factory=dict)
     forced: bool = False
     """Whether it is published although the verdict is against it."""
 
@@ -67,7 +67,7 @@ def _body(facts: RunFacts, kind: str, origin: Origin) -> Iterator[str]:
     yield from _about(facts)
     yield from _quality(facts)
     yield "## Use it"
-    yield from serving.commands(facts, kind, base_link(facts))
+    yield from serving.commands(facts, kind, base_link(facts), origin.repos.get(kind, f"./{kind}"))
     yield from _made(facts)
     yield "## Limits"
     yield "\n".join(f"- {limit}" for limit in _limits(facts, kind, origin))
@@ -85,8 +85,8 @@ def _text(blocks: Iterator[str] | Sequence[str]) -> str:
 def _front_matter(facts: RunFacts, kind: str, origin: Origin) -> dict[str, Any]:
     recipe, base = facts.recipe, hub_base(facts)
     front: dict[str, Any] = {}
-    if kind == "gptq" and origin.merged_repo is not None:
-        front |= {"base_model": origin.merged_repo, "base_model_relation": "quantized"}
+    if kind == "gptq" and "merged" in origin.repos:
+        front |= {"base_model": origin.repos["merged"], "base_model_relation": "quantized"}
     elif base is not None:
         front |= {"base_model": base, "base_model_relation": "adapter" if kind == "adapter" else "finetune"}
     if origin.license is not None:
@@ -173,7 +173,8 @@ def _quality(facts: RunFacts) -> Iterator[str]:
         measured = rung.get("metrics") or {}
         cells = [_cell(rung.get(key), form) for _, key, form in columns]
         rows.append([rung["label"], *cells, *(_cell(measured.get(name), "{:.1%}") for name in metrics)])
-    yield f"On {ladder['rows']:,} held-out rows with {ladder['tokens']:,} answer tokens, that nothing learned from:"
+    apart = ", that nothing learned from" if facts.recipe.data.overlap == "remove" else ""
+    yield f"On {ladder['rows']:,} held-out rows with {ladder['tokens']:,} answer tokens{apart}:"
     yield _table(rows)
     yield HOW_TO_READ
     if verdict(facts).ship:
@@ -251,11 +252,11 @@ def _limits(facts: RunFacts, kind: str, origin: Origin) -> Iterator[str]:
 
 
 def _lineage(facts: RunFacts) -> Iterator[str]:
-    rows = [["stage", "fingerprint", "versions"]]
-    for name, entry in facts.stages.items():
-        versions = ", ".join(f"{package} {version}" for package, version in entry["versions"].items())
-        rows.append([name, f"`{entry['fingerprint'][:16]}`", versions])
-    yield _table([[row[0], row[1], row[2]] for row in rows]).replace("---:", "---")
+    rows = [f"- {name}: `{entry['fingerprint'][:16]}`" for name, entry in facts.stages.items()]
+    yield "Fingerprints of the stages, over recipe, data, base and versions; `lineage.json` has all that is in them:"
+    yield "\n".join(rows)
+    used = dict.fromkeys(pair for entry in facts.stages.values() for pair in entry["versions"].items())
+    yield f"Made with {', '.join(f'{name} {version}' for name, version in used)}."
     if codes := facts.base.get("digest"):
         yield f"The base's quantized codes have the digest `{codes[:16]}`, which the merge compared with its own."
     yield "`MANIFEST.json` has the sha256 of every file; `qlora verify FOLDER` compares them."

@@ -118,7 +118,12 @@ def write_measured(facts: RunFacts, folder: Path) -> None:
     recipe = private.value(facts.recipe.model_dump(mode="json"))
     recipe.pop("publish", None)
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True, width=120))
-    write_json(folder / "lineage.json", {"stages": private.value(facts.stages)})
+    # `taken_from` is the folder of another run.
+    stages = {
+        name: {key: value for key, value in entry.items() if key != "taken_from"}
+        for name, entry in facts.stages.items()
+    }
+    write_json(folder / "lineage.json", {"stages": private.value(stages)})
 
 
 def _copy_report(facts: RunFacts, folder: Path) -> None:

@@ -68,7 +68,7 @@ def staged(facts: RunFacts, section: Publish, force: bool, license: str | None) 
     with StageProgress("publish") as progress:
         require_whole(facts, kinds, progress.update)
     repos = {kind: section.repo + SUFFIXES[kind] for kind in kinds}
-    origin = Origin(license, repos.get("merged"), forced=force and not verdict(facts).ship)
+    origin = Origin(license, repos, forced=force and not verdict(facts).ship)
     root = facts.dirs.root / STAGING
     shutil.rmtree(root, ignore_errors=True)  # of a run that was killed
     try:
@@ -193,7 +193,7 @@ def _hub_errors(repo: str) -> Iterator[None]:
         raise QloraError(f"the Hub refuses: {_line(error)}", repo, fixes.get(code, again)) from None
     except (httpx.HTTPError, OSError, RuntimeError) as error:
         cause = error.__cause__ or error
-        raise QloraError(f"the upload was interrupted: {_line(cause)}", repo, again) from None
+        raise QloraError(f"the Hub cannot be reached: {_line(cause)}", repo, again) from None
 
 
 def _line(error: BaseException) -> str:

@@ -13,10 +13,7 @@ from qlora.recipe import Recipe
 
 
 class Private:
-    """Knows the folders of a run, and takes them out of texts: what is below them is named from there.
-
-    In values of recipe and lineage, any other absolute path becomes its last name.
-    """
+    """Knows the folders of a run, and takes them out of texts: what is below them is named from there."""
 
     def __init__(self, recipe: Recipe, run: Path) -> None:
         named = [Path(text) for text in _strings(recipe.model_dump(mode="json")) if Path(text).is_absolute()]
@@ -25,20 +22,15 @@ class Private:
 
     def text(self, text: str) -> str:
         """A text in which these folders are not named."""
-        return self._pattern.sub("", text)
+        return "." if text in self._folders else self._pattern.sub("", text)
 
     def value(self, value: Any) -> Any:
-        """Plain data without absolute paths."""
+        """Plain data, every text in it so."""
         if isinstance(value, dict):
             return {self.text(key): self.value(item) for key, item in value.items()}
         if isinstance(value, list):
             return [self.value(item) for item in value]
-        if not isinstance(value, str):
-            return value
-        if value in self._folders:
-            return "."
-        cleaned = self.text(value)
-        return Path(cleaned).name if re.fullmatch(r"/[^\s*?(\[]+", cleaned) else cleaned
+        return self.text(value) if isinstance(value, str) else value
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

@@ -7,38 +7,44 @@ from typing import Any
 
 from qlora.facts import RunFacts
 
-PLACE = "PATH_OR_REPO"
-"""What a card calls the place that a reader has the files at."""
 COMMANDS = {
-    "vLLM": f"vllm serve {PLACE}",
-    "SGLang (Marlin)": f"python -m sglang.launch_server --model-path {PLACE}",
+    "vLLM": "vllm serve {}",
+    "SGLang (Marlin)": "python -m sglang.launch_server --model-path {}",
 }
+INSIDE = "transformers + gptqmodel"
 QUANTIZATIONS = {"nf4": 'bnb_4bit_quant_type="nf4"', "fp4": 'bnb_4bit_quant_type="fp4"'}
 
 
-def commands(facts: RunFacts, kind: str, base: str) -> Iterator[str]:
-    """Blocks of Markdown for `gptq`, `merged` or `adapter`."""
+def commands(facts: RunFacts, kind: str, base: str, place: str) -> Iterator[str]:
+    """Blocks of Markdown for `gptq`, `merged` or `adapter`. place: a repository or folder that has the files."""
     if kind == "adapter":
-        yield from _adapter(facts, base)
+        yield from _adapter(facts, base, place)
         return
     if kind == "merged":
-        yield _shell("vLLM", [COMMANDS["vLLM"]])
-        yield _shell("SGLang", [COMMANDS["SGLang (Marlin)"]])
-        yield _plain("transformers", facts)
+        yield _shell("vLLM", COMMANDS["vLLM"].format(place))
+        yield _shell("SGLang", COMMANDS["SGLang (Marlin)"].format(place))
+        yield _plain("transformers", facts, place)
         return
-    yield from _gptq(facts)
+    yield from _gptq(facts, place)
 
 
-def _gptq(facts: RunFacts) -> Iterator[str]:
+def _gptq(facts: RunFacts, place: str) -> Iterator[str]:
     verdicts = (facts.contract or {}).get("engines", [])
     for engine, command in COMMANDS.items():
         taken = [each for each in verdicts if each["engine"] == engine and each["accepts"]]
         if taken:
-            ranks = ", ".join(str(each["tensor_parallel"]) for each in taken)
-            yield _shell(f"{engine} {taken[0]['version']}, on {ranks} GPU{'s' * (ranks != '1')}", [command])
-    inside = next((each for each in verdicts if each["engine"] == "transformers + gptqmodel"), None)
+            where = _gpus([each["tensor_parallel"] for each in taken])
+            yield _shell(f"{engine} {taken[0]['version']}, on {where}", command.format(place))
+    inside = next((each for each in verdicts if each["engine"] == INSIDE), None)
     if inside is not None and inside["accepts"]:
-        yield _plain(f"{inside['engine']} ({inside['version']}; `pip install gptqmodel optimum`)", facts)
+        yield _plain(f"{INSIDE} ({inside['version']}; `pip install gptqmodel optimum`)", facts, place)
+    others = {
+        f"{each['engine']} {each['version']}" + (f" ({each['reason']})" if each["reason"] else ""): None
+        for each in verdicts
+        if each["accepts"] and each["engine"] not in (*COMMANDS, INSIDE)
+    }
+    if others:
+        yield f"These load it too: {', '.join(others)}."
     refused = _refusals(verdicts)
     if refused:
         yield "Engines that will not load it, or not on so many GPUs:\n\n" + "\n".join(f"- {line}" for line in refused)
@@ -54,32 +60,35 @@ def _refusals(verdicts: list[dict[str, Any]]) -> list[str]:
     found: dict[tuple[str, str], list[int]] = {}
     for each in verdicts:
         if not each["accepts"]:
-            found.setdefault((f"{each['engine']} {each['version']}", each["reason"]), []).append(
-                each["tensor_parallel"]
-            )
-    return [
-        f"{engine} on {', '.join(map(str, ranks))} GPU{'s' * (ranks != [1])}: {reason}"
-        for (engine, reason), ranks in found.items()
-    ]
+            engine, first = f"{each['engine']} {each['version']}", each["reason"].split("; ")[0]
+            found.setdefault((engine, first), []).append(each["tensor_parallel"])
+    return [f"{engine} on {_gpus(ranks)}: {reason}" for (engine, reason), ranks in found.items()]
 
 
-def _shell(title: str, lines: list[str]) -> str:
-    return f"{title}:\n\n```bash\n" + "\n".join(lines) + "\n```"
+def _gpus(ranks: list[int]) -> str:
+    """`1 GPU`, `1, 2 or 4 GPUs`."""
+    *before, last = map(str, ranks)
+    named = f"{', '.join(before)} or {last}" if before else last
+    return f"{named} GPU{'s' * (ranks != [1])}"
 
 
-def _plain(title: str, facts: RunFacts) -> str:
+def _shell(title: str, line: str) -> str:
+    return f"{title}:\n\n```bash\n{line}\n```"
+
+
+def _plain(title: str, facts: RunFacts, place: str) -> str:
     trust = ", trust_remote_code=True" if facts.recipe.model.trust_remote_code else ""
     return f"""{title}:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{PLACE}", device_map="auto"{trust})
-tokenizer = AutoTokenizer.from_pretrained("{PLACE}"{trust})
+model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto"{trust})
+tokenizer = AutoTokenizer.from_pretrained("{place}"{trust})
 ```"""
 
 
-def _adapter(facts: RunFacts, base: str) -> Iterator[str]:
+def _adapter(facts: RunFacts, base: str, place: str) -> Iterator[str]:
     model = facts.recipe.model
     kind = QUANTIZATIONS.get(model.quantization)
     lines = ["from peft import PeftModel", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
@@ -96,8 +105,8 @@ def _adapter(facts: RunFacts, base: str) -> Iterator[str]:
     revision = f', revision="{facts.base["revision"]}"' if facts.base.get("revision") and "/" in base else ""
     lines.append(f'base = AutoModelForCausalLM.from_pretrained("{base}"{revision}, {options})')
     lines += [
-        f'model = PeftModel.from_pretrained(base, "{PLACE}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{PLACE}")',
+        f'model = PeftModel.from_pretrained(base, "{place}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{place}")',
     ]
     yield "peft, on the base as it was trained:\n\n```python\n" + "\n".join(lines) + "\n```"
     yield "`qlora merge` and `qlora quantize` make the checkpoints that servers load of it."
