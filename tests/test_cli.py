@@ -44,7 +44,8 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     code = f"import sys, qlora.cli; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     output = qlora("--help").stdout
-    for name in ("run", "train", "merge", "quantize", "evaluate", "check", "recipes", "doctor"):
+    stages = ("run", "train", "merge", "quantize", "evaluate", "publish")
+    for name in (*stages, "check", "export", "verify", "recipes", "doctor"):
         assert f"\n  {name} " in output
 
 

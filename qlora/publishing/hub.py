@@ -84,8 +84,8 @@ def staged(facts: RunFacts, section: Publish, force: bool, license: str | None) 
         shutil.rmtree(root, ignore_errors=True)
 
 
-def show(uploads: Sequence[Upload], section: Publish) -> None:
-    """Print what would be sent where."""
+def show(uploads: Sequence[Upload], section: Publish, facts: RunFacts) -> None:
+    """Print what would be sent where, and what of the data goes with it."""
     seen = "private" if section.private else "public"
     for upload in uploads:
         table = Table(box=None, pad_edge=False, title_justify="left", title_style="")
@@ -96,6 +96,9 @@ def show(uploads: Sequence[Upload], section: Publish) -> None:
             table.add_row(escape(name), _size(size))
         table.add_row("in all", _size(sum(upload.files.values())), style="bold")
         console().print(table)
+    if prompts := len((facts.contract or {}).get("golden", [])):
+        note = f"contract.json holds {prompts} held-out prompts with answers; evaluate.golden: 0 leaves them out"
+        console().print(f"\n{note}")
 
 
 def publish(recipe: Recipe, *, force: bool, dry_run: bool, agreed: bool) -> None:
@@ -111,7 +114,7 @@ def publish(recipe: Recipe, *, force: bool, dry_run: bool, agreed: bool) -> None
             _log_in()
     known = facts_license(facts, None if dry_run else _license_on_hub)
     with exclusive(recipe.run_dir), staged(facts, section, force, known) as uploads:
-        show(uploads, section)
+        show(uploads, section, facts)
         if dry_run or not (agreed or _confirmed()):
             console().print(f"\nNothing was sent{': this was a dry run' if dry_run else ''}.")
             return
