@@ -111,9 +111,10 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.argument("target", metavar="URL|DIR")
 @click.argument("run", type=click.Path(exists=True, path_type=Path), required=False)
 @click.option("--model", default="", help="The checkpoint's name on the server. Default: the only one it has.")
+@click.option("--against", type=click.Choice(["gptq", "trained"]), default="gptq", help="Whose answers count.")
 @click.option("--agree", type=click.FloatRange(0, 1), default=0.9, show_default=True, help="Least share of tokens.")
 @click.option("--timeout", type=click.FloatRange(min=0, min_open=True), default=120.0, help="Seconds for an answer.")
-def verify(target: str, run: Path | None, model: str, agree: float, timeout: float) -> None:
+def verify(target: str, run: Path | None, model: str, against: str, agree: float, timeout: float) -> None:
     """Does a server answer as the checkpoint does: qlora verify URL RUN. Are files as written: qlora verify DIR.
 
     URL is that of an OpenAI-compatible API; a key is taken from OPENAI_API_KEY. DIR is an exported folder, a download
@@ -124,7 +125,7 @@ def verify(target: str, run: Path | None, model: str, agree: float, timeout: flo
     if target.startswith(("http://", "https://")):
         if run is None:
             raise click.UsageError("name the run too, whose golden prompts are replayed: qlora verify URL RUN")
-        verifying.verify_server(target, run, model, agree, timeout)
+        verifying.verify_server(target, run, model, against, agree, timeout)
     else:
         verifying.verify_files(Path(target))
 

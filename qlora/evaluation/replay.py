@@ -20,6 +20,8 @@ ENOUGH_JUDGED = 0.25
 """Share of the golden tokens that must be left to judge."""
 NOT_THIS_WAY = (400, 404, 405, 415, 422, 501)
 """Status codes of a server that does not take a request of this form."""
+RUNGS = ("gptq", "trained")
+"""Whose answers a server's are compared with."""
 NO_SUCH_API = "name the address of an OpenAI-compatible API"
 
 
@@ -54,33 +56,31 @@ class Match:
 
 @dataclass(frozen=True)
 class Replayed:
-    """One golden prompt: the server's answer, and how it compares with those of the two models."""
+    """One golden prompt: what was asked, the server's answer, and how it compares with those of models, by rung."""
 
-    prompt: str
+    asked: str
     reply: Reply
-    gptq: Match
-    trained: Match | None
+    matches: Mapping[str, Match]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Of all prompts. form: how they were asked (token ids, text, or messages)."""
+    """Of all prompts with the answers of rungs. form: how they were asked (token ids, text, or messages)."""
 
     model: str
     form: str
     prompts: Sequence[Replayed]
 
-    @property
-    def share(self) -> float | None:
-        """Of judged tokens on which the server agrees with the GPTQ answers; None if too few are left to judge."""
-        judged, tokens = sum(each.gptq.judged for each in self.prompts), sum(each.gptq.tokens for each in self.prompts)
+    def share(self, rung: str) -> float | None:
+        """Of judged tokens on which the server agrees with a rung's answers; None if too few are left to judge."""
+        found = [each.matches[rung] for each in self.prompts]
+        judged, tokens = sum(each.judged for each in found), sum(each.tokens for each in found)
         if judged == 0 or judged < ENOUGH_JUDGED * tokens:
             return None
-        return sum(each.gptq.agreed for each in self.prompts) / judged
+        return sum(each.agreed for each in found) / judged
 
-    @property
-    def exact(self) -> int:
-        return sum(each.gptq.exact for each in self.prompts)
+    def exact(self, rung: str) -> int:
+        return sum(each.matches[rung].exact for each in self.prompts)
 
 
 def replay(contract: Mapping[str, Any], server: Server) -> Agreement:
@@ -88,8 +88,8 @@ def replay(contract: Mapping[str, Any], server: Server) -> Agreement:
     found = []
     for entry in contract["golden"]:
         reply = server.answer(entry, contract["max_new_tokens"], contract.get("template_options") or {})
-        trained = match(entry["trained"], reply) if "trained" in entry else None
-        found.append(Replayed(entry["prompt"], reply, match(entry["gptq"], reply), trained))
+        asked = entry["messages"][-1]["content"] if entry.get("messages") else entry["prompt"]
+        found.append(Replayed(asked, reply, {rung: match(entry[rung], reply) for rung in RUNGS if rung in entry}))
     return Agreement(server.model, server.form, found)
 
 

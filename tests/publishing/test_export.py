@@ -59,7 +59,7 @@ def test_cards_are_in_the_hubs_format_and_say_what_matters(exported):
             "Verdict: **ship**",
             "8 rows with",
             "## Limits",
-            "fingerprint",
+            "Fingerprints",
             "top1 0.5",
         ):
             assert part in card.text, part

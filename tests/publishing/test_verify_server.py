@@ -39,7 +39,7 @@ def test_a_server_of_this_checkpoint_agrees_in_every_form(run_dir, qlora, forms,
     with ModelServer(run_dir / "gptq", forms) as server:
         result = qlora("verify", server.url, run_dir)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "It serves this checkpoint" in result.stdout and said in result.stdout
+    assert "It serves the GPTQ model" in result.stdout and said in result.stdout
     assert result.stdout.count("exact") >= 3
 
 
@@ -47,7 +47,14 @@ def test_a_server_of_another_model_ends_with_3(run_dir, tiny_model, qlora):
     with ModelServer(tiny_model) as server:
         result = qlora("verify", server.url + "/v1/", run_dir)
     assert result.returncode == 3
-    assert "0 of 3 answers are the GPTQ model's" in result.stderr and "chat template" in result.stderr
+    assert "0 of 3 answers are those of the GPTQ model" in result.stderr and "chat template" in result.stderr
+
+
+def test_a_server_of_the_merged_model_is_compared_with_the_trained_one(run_dir, qlora):
+    with ModelServer(run_dir / "merged") as server:
+        result = qlora("verify", server.url, run_dir, "--against", "trained")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "It serves the trained model" in result.stdout
 
 
 def test_a_key_is_sent_and_never_shown(run_dir, qlora, monkeypatch):
@@ -132,7 +139,7 @@ def test_transformers_serve_agrees(run_dir, qlora, tmp_path):
         process.terminate()
         process.wait()
     assert result.returncode == 0, result.stdout + result.stderr
-    assert "asked in text" in result.stdout and "3 of 3 answers are the GPTQ model's" in result.stdout
+    assert "asked in text" in result.stdout and "3 of 3 answers are those of the GPTQ model" in result.stdout
 
 
 def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
