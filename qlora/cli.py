@@ -12,8 +12,8 @@ from typing import Any
 
 import click
 
-OVERRIDES = click.argument("overrides", nargs=-1, metavar="[section.key=value]...")
-RECIPE = click.argument("recipe", metavar="RECIPE")
+from qlora.cli_arguments import OVERRIDES, RECIPE
+from qlora.cli_results import RESULTS
 
 # GPU memory in segments that grow, instead of pieces which later fit nothing. Read by torch when it is imported.
 ALLOCATOR = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -107,114 +107,6 @@ def check(recipe: str, overrides: tuple[str, ...]) -> None:
     report.raise_for_problems()
 
 
-@qlora.command()
-@click.argument("run", metavar="RUN")
-@click.option("--text", is_flag=True, help="Show it here, and write nothing.")
-def report(run: str, text: bool) -> None:
-    """Write the report of a run again: RUN/report/index.html. RUN is its directory, its name, or its recipe."""
-    from qlora.facts import RunFacts, find_run
-    from qlora.reporting.console import console
-
-    facts = RunFacts.read(find_run(run))
-    if text:
-        from qlora.reporting.text import show
-
-        show(facts, console())
-        return
-    from qlora.reporting.page import write_page
-
-    console().print(f"Report: [bold]{write_page(facts)}[/bold]")
-
-
-@qlora.command()
-@click.argument("runs", metavar="RUN RUN...", nargs=-1, required=True)
-def compare(runs: tuple[str, ...]) -> None:
-    """What differs between runs: recipes, data, versions; and their ladders, time and memory side by side."""
-    from qlora.facts import RunFacts, find_run
-    from qlora.reporting.compare import show
-    from qlora.reporting.console import console
-
-    show([RunFacts.read(find_run(run)) for run in runs], console())
-
-
-@qlora.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--temperature", type=click.FloatRange(min=0), default=0.0, help="Default: 0, the likeliest token.")
-@click.option("--max-tokens", type=click.IntRange(min=1), default=512, show_default=True, help="Of an answer.")
-@click.option("--system", metavar="TEXT", help="Text before the conversation.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Default: a GPU if any.")
-@click.option("--base", metavar="MODEL", help="Of an adapter away from its run, if its base is not where it was.")
-def chat(
-    directory: Path, temperature: float, max_tokens: int, system: str | None, device: str, base: str | None
-) -> None:
-    """Talk to a run, or to an adapter, merged or GPTQ directory: /help lists what can be done in a conversation.
-
-    Reads a message per line where standard input is no terminal.
-    """
-    from qlora.chat import Session, Settings
-    from qlora.reporting.console import keep_transformers_quiet
-    from qlora.reporting.screen import Screen
-    from qlora.shelf import open_shelf
-
-    keep_transformers_quiet()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # leaves, where Ctrl-C only ends an answer
-    shelf = open_shelf(directory, device, base)
-    try:
-        Session(shelf, Settings(temperature, max_tokens, system), Screen()).run()
-    except KeyboardInterrupt:  # before there was a prompt
-        raise click.exceptions.Exit(130) from None
-
-
-@qlora.command()
-@click.argument(
-    "directories",
-    nargs=-1,
-    required=True,
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="DIR...",
-)
-@click.option("--batch", default="1,8,32", show_default=True, help="Rows at a time.")
-@click.option("--prompt", default="128,1024", show_default=True, help="Tokens of a prompt.")
-@click.option("--new", type=click.IntRange(min=2), default=128, show_default=True, help="New tokens for each row.")
-@click.option("--dtype", type=click.Choice(["bfloat16", "float16", "float32"]), default="bfloat16", show_default=True)
-@click.option(
-    "--as", "forms", default="16bit,nf4,int8,gptq,awq", show_default=True,
-    help="Forms to measure a directory in, of those that it has; also nf4-double.",
-)  # fmt: skip
-@click.option(
-    "--kernel", default="auto", show_default=True,
-    help="For GPTQ: qlora, marlin, exllamav2, triton, torch, or auto for all that are there.",
-)  # fmt: skip
-@click.option("--out", type=click.Path(path_type=Path), default=Path("bench"), show_default=True, help="Results.")
-@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)
-def bench(
-    directories: tuple[Path, ...], batch: str, prompt: str, new: int, dtype: str, forms: str, kernel: str, out: Path,
-    device: str,
-) -> None:  # fmt: skip
-    """Load time, prefill, decode throughput and peak memory of models, as tables and plots.
-
-    DIR is a checkpoint in 16 bits, which bitsandbytes can load in 4 and 8 bits too, or one of GPTQ or AWQ. What
-    OUT/bench.json has already is not measured again.
-    """
-    from qlora.evaluation.bench import run
-
-    run(
-        [path.resolve() for path in directories], _words(forms), _words(kernel), _numbers("--batch", batch),
-        _numbers("--prompt", prompt), new, dtype, device, out,
-    )  # fmt: skip
-
-
-def _words(text: str) -> list[str]:
-    return list(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    words = _words(text)
-    if not words or not all(word.isdigit() and int(word) > 0 for word in words):
-        raise click.BadParameter(f"{text} is no list of numbers such as 1,8,32", param_hint=option)
-    return [int(word) for word in words]
-
-
 @qlora.group()
 def recipes() -> None:
     """The recipes that ship with qlora."""
@@ -287,6 +179,10 @@ def doctor() -> None:
     from qlora.reporting.console import console
 
     print_diagnosis(diagnose(), console())
+
+
+for command in RESULTS:
+    qlora.add_command(command)
 
 
 def main() -> None:

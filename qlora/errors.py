@@ -49,6 +49,13 @@ class GateFailed(QloraError):
     title = "A quality gate failed; the artefacts are kept"
 
 
+class NotAsWritten(QloraError):
+    """What `qlora verify` looked at is not what the run made."""
+
+    exit_code = 3
+    title = "Not what the run made"
+
+
 class WillNotFit(QloraError):
     """There is not enough memory or disk for what the recipe asks."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,13 @@ class RunFacts:
                 path = dirs.evaluation / f"{name}.json"
                 measured[name] = read_json(path) if path.is_file() else None
         return cls(dirs, load_recipe(str(dirs.recipe)), stages, **measured)
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """adapter/base.json: what was trained on. Empty if nothing was."""
+        path = self.dirs.adapter / "base.json"
+        found: dict[str, Any] = read_json(path) if "train" in self.stages and path.is_file() else {}
+        return found
 
     def metrics(self, stage: str) -> dict[str, Any]:
         """A finished stage's metrics; empty if it has not run."""

@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -148,22 +148,31 @@ class Pipeline:
         """One stage. Raises `UserError` naming the command if a stage before it is missing or out of date."""
         stage = STAGES[name]
         with self._session():
-            missing = [need for need in stage.needs if not self._is_current(STAGES[need])]
-            if missing:
-                raise UserError(
-                    [
-                        Problem(
-                            f"{name} needs the result of {need}, which is missing or out of date"
-                            + self._what_changed(STAGES[need]),
-                            str(getattr(self.dirs, STAGES[need].output)),
-                            f"qlora {need} RECIPE, or `qlora run RECIPE` for all stages",
-                        )
-                        for need in missing
-                    ]
-                )
+            self.require(stage.needs, name)
             self._ensure(stage)
             if name == "evaluate":
                 self._finish()
+
+    def require(self, names: Sequence[str], purpose: str) -> None:
+        """Raise `UserError` naming the command for every one of these stages that is missing or out of date."""
+        missing = [need for need in names if not self._is_current(STAGES[need])]
+        if missing:
+            raise UserError(
+                [
+                    Problem(
+                        f"{purpose} needs the result of {need}, which is missing or out of date"
+                        + self._what_changed(STAGES[need]),
+                        str(getattr(self.dirs, STAGES[need].output)),
+                        f"qlora {need} RECIPE, or `qlora run RECIPE` for all stages",
+                    )
+                    for need in missing
+                ]
+            )
+
+    def require_all(self, purpose: str) -> None:
+        """As `require`, every stage of this recipe."""
+        measured = self.state.splits.evaluation is not None
+        self.require([name for name in STAGES if name != "evaluate" or measured], purpose)
 
     @contextlib.contextmanager
     def _session(self) -> Iterator[None]:

@@ -12,12 +12,13 @@ from pydantic import Field, model_validator
 
 from qlora.recipe_learning import Data, Lora, Model, Source, Train, Weighted
 from qlora.recipe_measuring import Evaluate, Gates
+from qlora.recipe_publishing import Publish
 from qlora.recipe_section import Section
 from qlora.recipe_shipping import CALIBRATION_NAMES, Calibration, Merge, Mix, ModuleSettings, Quantize, Refine
 
 __all__ = [
     "CALIBRATION_NAMES", "Calibration", "Data", "Evaluate", "Gates", "Lora", "Merge", "Mix", "Model",
-    "ModuleSettings", "Quantize", "Recipe", "Refine", "Section", "Source", "Track", "Train", "Weighted",
+    "ModuleSettings", "Publish", "Quantize", "Recipe", "Refine", "Section", "Source", "Track", "Train", "Weighted",
 ]  # fmt: skip
 
 
@@ -55,6 +56,8 @@ class Recipe(Section):
     """The ladder and its gates."""
     track: Track = Track()
     """Experiment trackers."""
+    publish: Publish | None = None
+    """Where `qlora publish` puts the results; changes no stage."""
 
     @model_validator(mode="after")
     def _gates_have_data(self) -> Recipe:

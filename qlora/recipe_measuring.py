@@ -82,6 +82,11 @@ class Evaluate(Section):
     memory: Literal["auto"] | Annotated[float, Field(gt=0)] = "auto"
     """GiB that evaluation may take of each GPU; auto: what is free, but for a tenth. Models in 16 bits that are larger
     lie on all GPUs that are visible and in host memory."""
+    golden: Annotated[int, Field(ge=0)] = 8
+    """Held-out prompts whose greedy answers contract.json keeps, for `qlora verify` to replay on a server. 0: none, and
+    then no held-out text is in the files that are published."""
+    golden_tokens: PositiveInt = 48
+    """Longest of these answers."""
     gates: Gates = Gates()
     """Thresholds; a run that misses one ends with exit code 3 and keeps its artefacts."""
 

@@ -318,6 +318,7 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
     from qlora.evaluation.ladder import Settings, climb
     from qlora.evaluation.tasks import open_tasks
     from qlora.rungs import rungs
+    from qlora.serving_contract import golden_prompts, serving_contract
 
     assert output is not None
     if run.eval_rows is None:
@@ -335,9 +336,13 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
             general_batch=section.general_batch,
             tasks=tasks,
         )
-        general = _general_rows(run)
-        ladder = climb(rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared, general=general)
+        general, golden = _general_rows(run), golden_prompts(run, rows)
+        observe = [golden.observe]
+        ladder = climb(
+            rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared, observe, general=general
+        )
     write_json(output / "ladder.json", ladder.to_json())
+    write_json(output / "contract.json", serving_contract(run, rows, golden))
     if ladder.generations:
         write_json(output / "generations.json", {"rows": ladder.generations})
     return ladder.metrics()

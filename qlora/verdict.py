@@ -26,7 +26,13 @@ def verdict(facts: RunFacts) -> Verdict:
     """Of a run as its directory tells of it; not measured if no rows were held out."""
     if facts.ladder is None:
         return Verdict(measured=False)
-    return Verdict(measured=True, reasons=tuple(_failed_gates(facts.recipe, facts.ladder)))
+    return Verdict(measured=True, reasons=(*_failed_gates(facts.recipe, facts.ladder), *_mismatches(facts)))
+
+
+def _mismatches(facts: RunFacts) -> list[Problem]:
+    """Where a server would be told other tokens or another template than training used."""
+    found = (facts.contract or {}).get("mismatches", [])
+    return [Problem(text, "evaluation/contract.json", MISMATCH_ADVICE) for text in found]
 
 
 def _failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:
@@ -73,3 +79,4 @@ ADVICE = {
     "merged": "the merge is not the trained model: report this with lineage.json",
     "gptq": "try a smaller group_size, more bits or more calibration samples, or relax the gate",
 }
+MISMATCH_ADVICE = "correct tokenizer, template or generation_config.json of the base, and train again from it"

@@ -44,8 +44,9 @@ def test_help_names_every_command_and_imports_nothing_heavy():
     code = f"import sys, qlora.cli; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
     output = qlora("--help").stdout
-    names = ("run", "train", "merge", "quantize", "evaluate", "check", "report", "compare", "chat", "bench")
-    for name in (*names, "recipes", "doctor"):
+    stages = ("run", "train", "merge", "quantize", "evaluate", "publish")
+    results = ("report", "compare", "chat", "bench", "verify", "export")
+    for name in (*stages, *results, "check", "recipes", "doctor"):
         assert f"\n  {name} " in output
 
 

@@ -201,6 +201,11 @@ class Rows(Sequence[RenderedRow]):
         store, row = self._at(index)
         return store.where(int(store.rows[row]["file"]), int(store.rows[row]["place"]))
 
+    def origin(self, index: int) -> tuple[int, int]:
+        """Which of the stores a row is in, and the number of its example in that source."""
+        store, row = self._at(index)
+        return next(place for place, each in enumerate(self.stores) if each is store), int(store.rows[row]["example"])
+
     def column(self, name: str) -> np.ndarray:
         """A field of `ROW`, of every row."""
         return np.concatenate([store.rows[name] for store in self.stores])[self.numbers]

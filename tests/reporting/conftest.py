@@ -49,9 +49,9 @@ def _write_run(
     dirs.lineage.write_text(json.dumps({"stages": _stages(odd)}), encoding="utf-8")
     parts = {
         "ladder": _ladder(quantized_loss, odd),
-        "survival": _survival(layers, odd),
+        "survival": _survival(layers, odd, odd and failed),
         "generations": _generations(odd),
-        "contract": _contract(odd),
+        "contract": _contract(odd, odd and failed),
         "merges": _merges(_ladder(quantized_loss, odd)["rungs"][-1], odd),
     }
     dirs.evaluation.mkdir()
@@ -128,7 +128,7 @@ def _merges(rung: dict, odd: str) -> dict:
     return {"dequantized": rung, "original": rung | {"loss": 0.66}, "ship": "dequantized", "why": f"loss 0.6120{odd}"}
 
 
-def _survival(layers: int, odd: str) -> dict:
+def _survival(layers: int, odd: str, differs: bool) -> dict:
     draw = random.Random(0)
     modules = []
     for layer in range(layers):
@@ -154,7 +154,7 @@ def _survival(layers: int, odd: str) -> dict:
     overall = {key: sum(module[key] for module in modules[:-1]) / len(modules[:-1]) for key in figures}
     worst = [module["name"] for module in sorted(modules[:-1], key=lambda module: module["energy"])[:5]]
     damaged = (
-        [{"name": modules[0]["name"], "why": f"its scales are twice what its weights ask for{odd}"}] if odd else []
+        [{"name": modules[0]["name"], "why": f"its scales are twice what its weights ask for{odd}"}] if differs else []
     )
     return {"modules": modules, "overall": overall, "worst": worst, "damaged": damaged}
 
@@ -174,7 +174,7 @@ def _generations(odd: str) -> dict:
     return {"rows": rows}
 
 
-def _contract(odd: str) -> dict:
+def _contract(odd: str, differs: bool) -> dict:
     engines = [
         {
             "engine": engine,
@@ -189,7 +189,7 @@ def _contract(odd: str) -> dict:
     tokens = {"bos": None, "eos": 2, "pad": 2, "chat_template_sha256": digest("template")}
     ids = {"ids": [1, 2], "text": odd}
     golden = [{"prompt": f"Hello{odd}", "prompt_ids": [1], "trained": ids, "gptq": ids}]
-    mismatches = [f"gptq has another pad token than trained{odd}"] if odd else []
+    mismatches = [f"gptq has another pad token than trained{odd}"] if differs else []
     return {
         "engines": engines,
         "tokens": tokens,
