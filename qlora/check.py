@@ -21,6 +21,7 @@ from qlora.data.splits import read_splits
 from qlora.data.store import Rows as RenderedRows
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
+from qlora.evaluation.merges import check_compared
 from qlora.fits import Free, free_now, shortfalls, slowed
 from qlora.merging.combination import combined_parameters
 from qlora.models.base import as_converted
@@ -117,6 +118,7 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
         shapes, adapter = _look_at_model(recipe, base, tokens, report, attempt) if base else (None, None)
     train, evaluation = _look_at_data(recipe, tokenizer, report, attempt, progress)
     problems += _missing_packages(recipe)
+    attempt(check_compared, recipe)
     report.warnings += _notes(recipe)
     if train is None or not train.rows:
         return report

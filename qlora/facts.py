@@ -18,7 +18,7 @@ class RunFacts:
     """A run as its directory tells of it. What was not measured is None.
 
     stages: lineage.json, entries of finished stages by name.
-    ladder, survival, contract, generations: the files of that name in evaluation/.
+    ladder, survival, contract, generations, merges: the files of that name in evaluation/.
     """
 
     dirs: RunDir
@@ -28,6 +28,7 @@ class RunFacts:
     survival: dict[str, Any] | None = None
     contract: dict[str, Any] | None = None
     generations: dict[str, Any] | None = None
+    merges: dict[str, Any] | None = None
 
     @classmethod
     def read(cls, directory: Path) -> RunFacts:
@@ -43,7 +44,7 @@ class RunFacts:
         stages = {name: entry for name, entry in Lineage(dirs.lineage).stages.items() if entry["status"] == "complete"}
         measured = {}
         if "evaluate" in stages:
-            for name in ("ladder", "survival", "contract", "generations"):
+            for name in ("ladder", "survival", "contract", "generations", "merges"):
                 path = dirs.evaluation / f"{name}.json"
                 measured[name] = read_json(path) if path.is_file() else None
         return cls(dirs, load_recipe(str(dirs.recipe)), stages, **measured)

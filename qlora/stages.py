@@ -18,6 +18,8 @@ from qlora.recipe import Calibration, Quantize, Recipe
 
 if TYPE_CHECKING:
     from qlora.data.calibration import CalibrationRow
+    from qlora.evaluation.merges import MergeBase
+    from qlora.merging import MergedSource
     from qlora.models.checkpoint import TensorSource
     from qlora.quantization import QuantizeReport
 
@@ -121,12 +123,14 @@ class Run:
 
 def check_quantization(run: Run) -> None:
     """Raise UserError for what will not be held as the recipe says, or not quantize, before anything is trained."""
+    from qlora.evaluation.merges import check_compared
     from qlora.models.held import training_shapes
     from qlora.models.packed_base import require_packed
     from qlora.models.shapes import read_config, skeleton
     from qlora.quantization import preview
 
     model, base = run.recipe.model, run.base
+    check_compared(run.recipe)
     require_packed(base.id, base.dequantized_from, model)
     config = read_config(base.directory, trust_remote_code=model.trust_remote_code)
     bare = skeleton(config, trust_remote_code=model.trust_remote_code)
@@ -198,21 +202,20 @@ def merge(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
 
 def merged_source(run: Run) -> TensorSource:
     """The merged model as a `TensorSource`: from its weights on disk, or computed where the recipe writes none."""
-    from qlora.merging import MergedSource
     from qlora.models.checkpoint import CheckpointReader
+
+    if run.recipe.merge.write:
+        return CheckpointReader(run.dirs.merged)
+    return computed_source(run, run.recipe.merge.base, run.dirs.merged, run.device_of("quantize"))
+
+
+def computed_source(run: Run, base: MergeBase, directory: Path, device: str) -> MergedSource:
+    """The merged model as it is computed from base and adapter. directory: has its configuration."""
+    from qlora.merging import MergedSource
     from qlora.models.loading import DTYPES
 
-    section = run.recipe.merge
-    if section.write:
-        return CheckpointReader(run.dirs.merged)
-    return MergedSource(
-        run.base.directory,
-        run.dirs.adapter,
-        run.dirs.merged,
-        base=section.base,
-        dtype=DTYPES[section.dtype],
-        device=run.device_of("quantize"),
-    )
+    dtype = DTYPES[run.recipe.merge.dtype]
+    return MergedSource(run.base.directory, run.dirs.adapter, directory, base=base, dtype=dtype, device=device)
 
 
 QUANTIZED_NAME = "quantized.json"
@@ -223,14 +226,18 @@ REFINEMENT_DOES_NOT_FIT = (
 
 
 def quantize(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
+    assert output is not None
+    return quantize_source(run, merged_source(run), output, progress)
+
+
+def quantize_source(run: Run, source: TensorSource, output: Path, progress: Progress) -> dict[str, Any]:
+    """A merged model through the recipe's quantization, into `output`."""
     import torch
 
     from qlora.quantization import GPTQSettings
 
-    assert output is not None
     section = run.recipe.quantize
     rows = _calibration_rows(run, section.calibration)
-    source = merged_source(run)
     options: dict[str, Any] = {
         "device": run.device_of("quantize"),
         "progress": progress,
@@ -303,6 +310,7 @@ def _quantizer(section: Quantize) -> Callable[..., QuantizeReport]:
 
 def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
     from qlora.evaluation.ladder import Settings, climb
+    from qlora.measuring import SurvivalOfRun, other_merge, write_merges
     from qlora.rungs import rungs
 
     assert output is not None
@@ -312,12 +320,20 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
     rows = run.eval_rows.rows.good[: section.rows]
     settings = Settings(section.batch_size, section.generate, section.max_new_tokens, run.tokenizer.pad_token_id)
     compared = run.eval_rows.rows[: section.rows]
-    scores = climb(rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared)
+    survival = SurvivalOfRun(run, rows) if section.survival else None
+    observe = survival.observers if survival is not None else []
+    with other_merge(run, output / "other", progress) as other:
+        ladder = rungs(run, rows, other)
+        scores = climb(ladder, rows, run.tokenizer, settings, output, progress, compared, observe)
     tokens = sum(row.supervised_tokens for row in rows)
-    write_json(
-        output / "ladder.json", {"rows": len(rows), "tokens": tokens, "rungs": [asdict(score) for score in scores]}
-    )
-    return {f"{score.name}_{key}": value for score in scores for key, value in asdict(score).items() if key != "label"}
+    found = [asdict(score) for score in scores]
+    write_json(output / "ladder.json", {"rows": len(rows), "tokens": tokens, "rungs": found})
+    if section.compare_merges:
+        write_merges(run.recipe, found, output / "merges.json")
+    metrics = survival.write(output / "survival.json", progress) if survival is not None else {}
+    return metrics | {
+        f"{score['name']}_{key}": value for score in found for key, value in score.items() if key != "label"
+    }
 
 
 def _release_memory() -> None:
