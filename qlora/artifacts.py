@@ -8,11 +8,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import UserError, WillNotFit
+from qlora.errors import Problem, UserError, WillNotFit
 
 
 @contextlib.contextmanager
@@ -120,6 +120,32 @@ def is_intact(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     return all(
         (p := directory / name).is_file() and p.stat().st_size == entry["bytes"] for name, entry in files.items()
     )
+
+
+def require_unaltered(
+    directory: Path,
+    files: Mapping[str, Mapping[str, Any]],
+    made_by: str,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> None:
+    """Raise UserError, naming them, for files of a manifest whose bytes are not those that it was made of.
+
+    Reads all of them. made_by: the stage. progress: of bytes.
+    """
+    total, done, altered = sum(entry["bytes"] for entry in files.values()), 0, []
+    for name, entry in files.items():
+        if progress is not None:
+            progress(done, total, f"comparing {name}")
+        path = directory / name
+        if not path.is_file() or file_digest(path) != entry["sha256"]:
+            altered.append(path)
+        done += entry["bytes"]
+    if altered:
+        fix = f"put back what was there, or remove {directory} and run again, which makes it anew"
+        raise UserError(
+            Problem(f"not the file that {made_by} wrote: its sha256 is not that of lineage.json", str(path), fix)
+            for path in altered
+        )
 
 
 def link_weights(source: Path, target: Path, files: Iterable[str]) -> None:

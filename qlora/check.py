@@ -20,6 +20,7 @@ from qlora.data.preparation import PreparedData, render_rows
 from qlora.data.splits import read_splits
 from qlora.errors import Problem, QloraError, UserError, WillNotFit
 from qlora.evaluation.contract import EngineVerdict, engine_support
+from qlora.evaluation.merges import check_compared
 from qlora.evaluation.tasks import require_tasks
 from qlora.fits import Free, free_now, shortfalls, slowed
 from qlora.models.base import as_converted
@@ -119,6 +120,7 @@ def check(recipe: Recipe, progress: ProgressCallback | None = None) -> CheckRepo
     train, evaluation = _look_at_data(recipe, tokenizer, report, attempt, progress)
     problems += _missing_packages(recipe)
     attempt(require_tasks, recipe.evaluate)
+    attempt(check_compared, recipe)
     report.warnings += _notes(recipe)
     if train is None or not train.rows:
         return report

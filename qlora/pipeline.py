@@ -12,13 +12,13 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qlora import stages
+from qlora import measuring, stages
 from qlora.artifacts import (
     LOCK_HELD,
     Lineage,
@@ -28,6 +28,7 @@ from qlora.artifacts import (
     is_intact,
     link_weights,
     manifest,
+    require_unaltered,
     result_digest,
     write_text,
 )
@@ -38,7 +39,7 @@ from qlora.paths import RunDir, packaged_recipes
 from qlora.recipe import Recipe
 from qlora.recipe_file import dump_recipe
 from qlora.reporting.console import StageProgress, console, duration, is_main_process, log_to
-from qlora.reporting.outcome import ladder_notes, quantize_notes, summary
+from qlora.reporting.outcome import ladder_notes, merges_notes, quantize_notes, summary, survival_notes
 from qlora.reporting.page import write_page
 from qlora.reporting.tables import ladder_table
 from qlora.reporting.tracking import Tracker
@@ -100,7 +101,7 @@ STAGES = {
         Stage(
             "evaluate",
             "evaluation",
-            stages.evaluate,
+            measuring.evaluate,
             needs=("train", "merge", "quantize"),
             sections=("evaluate", "data"),
             without=("data.train", "evaluate.batch_size", "evaluate.device", "evaluate.memory", "evaluate.gates"),
@@ -120,6 +121,7 @@ class Pipeline:
         self.lineage = Lineage(self.dirs.lineage)
         self.tracker = Tracker(recipe, self.dirs.tracking)
         self.out = console()
+        self._unaltered: set[str] = set()  # stages whose files were read, and found to be what lineage.json says
 
     def run(self) -> None:
         """Every stage in order, skipping those that are up to date. Raises `GateFailed` after the last one."""
@@ -127,7 +129,7 @@ class Pipeline:
             if not self._is_current(STAGES["quantize"]):
                 stages.check_quantization(self.state)
             if not self._is_current(STAGES["evaluate"]):
-                stages.check_evaluation(self.state)
+                measuring.check_evaluation(self.state)
             for stage in STAGES.values():
                 if stage.name == "evaluate" and self.state.splits.evaluation is None:
                     self.lineage.forget("evaluate")
@@ -231,6 +233,8 @@ class Pipeline:
         target: Path = getattr(self.dirs, stage.output)
         entry: dict[str, Any] = {"fingerprint": digest(fingerprint), "status": "running", "inputs": fingerprint}
         entry |= {"versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+        if stage.name == "evaluate" and is_main_process():
+            self._require_unaltered(stage.needs)  # what is measured is what was made
         with StageProgress(stage.name) as progress, measured() as cost:
             self.state.progress = progress.update
             if not is_main_process():
@@ -246,6 +250,7 @@ class Pipeline:
         metrics |= {"seconds": cost.seconds, "host_peak_gib": cost.host_peak_gib, "gpu_peak_gib": cost.gpu_peak_gib}
         entry |= {"status": "complete", "seconds": cost.seconds, "metrics": metrics, "outputs": manifest(target)}
         self.lineage.record(stage.name, entry)
+        self._unaltered.add(stage.name)
         self.tracker.log(stage.name, metrics)
         self.out.print(f"  {stage.name:10} {_cost(cost)} · {summary(stage.name, metrics)}")
 
@@ -276,7 +281,11 @@ class Pipeline:
             raise QloraError(f"{started} process(es) trained instead of {processes}", "train.processes")
 
     def _finish(self) -> None:
-        """Show the ladder, what fell short, and where the checkpoint is. Raises `GateFailed` if a gate is missed."""
+        """Show the ladder, what fell short, and where the checkpoint is.
+
+        Raises UserError if the checkpoint is not the one that was measured, `GateFailed` if it is not to be shipped.
+        """
+        self._require_unaltered(["quantize"])
         facts = RunFacts.read(self.dirs.root)
         if facts.ladder is not None:
             self.out.print()
@@ -284,7 +293,8 @@ class Pipeline:
             self.out.print(ladder_table(facts.ladder["rungs"], facts.ladder["rows"], facts.ladder["tokens"], width))
             for note in ladder_notes(self.recipe):
                 self.out.print(note)
-        for note in quantize_notes(self.lineage.metrics("quantize")):
+        measured = [*survival_notes(facts.survival), *merges_notes(facts.merges)]
+        for note in [*measured, *quantize_notes(self.lineage.metrics("quantize"))]:
             self.out.print(note, markup=False)
         report = write_page(facts)
         self.tracker.show(facts, report)
@@ -292,6 +302,15 @@ class Pipeline:
         self.out.print(f"Report: [bold]{report}[/bold]")
         if reasons := verdict(facts).reasons:
             raise GateFailed(reasons)
+
+    def _require_unaltered(self, names: Iterable[str]) -> None:
+        """Raise UserError if files of these stages, all up to date, have other bytes than when they were written."""
+        with StageProgress("files") as progress:
+            for name in names:
+                if name not in self._unaltered:
+                    outputs = self.lineage.stages[name]["outputs"]
+                    require_unaltered(getattr(self.dirs, STAGES[name].output), outputs, name, progress.update)
+                    self._unaltered.add(name)
 
     def _is_current(self, stage: Stage) -> bool:
         entry = self.lineage.stages.get(stage.name, {})

@@ -27,6 +27,9 @@ class Gates(Section):
     """Name of one of evaluate.metrics → lowest share of generated answers that it holds for."""
     preferred: Annotated[float, Field(gt=0, le=1)] | None = None
     """Lowest share of comparisons that the better answer wins (needs rows of format preference or kto)."""
+    survival: Share | None = None
+    """Lowest share of the update that is left, along itself, over all quantized modules (needs evaluate.survival). Near
+    1 whatever the bits, near 0 in a checkpoint that is not of this adapter; what rounding costs, it does not see."""
     merge_kl: Annotated[float, Field(gt=0)] | None = 0.01
     """Highest KL divergence from the trained to the merged model; more means the merge is not exact. Does not apply
     where the merged model is not measured (merge.write: false) or differs by intent (merge.base: original, and
@@ -87,6 +90,11 @@ class Evaluate(Section):
     then no held-out text is in the files that are published."""
     golden_tokens: PositiveInt = 48
     """Longest of these answers."""
+    survival: bool = True
+    """Measure what of the fine-tune is left in every quantized module, and refuse codes that do not stand for it."""
+    compare_merges: bool = False
+    """Merge into the other base too (merge.base), take it through GPTQ as well, and say which of the two to ship. Takes
+    as long as merge and quantize together, and their disk while it lasts."""
     gates: Gates = Gates()
     """Thresholds; a run that misses one ends with exit code 3 and keeps its artefacts."""
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from qlora.artifacts import Lineage
 from qlora.data.rendering import RenderedRow
 from qlora.evaluation.ladder import BASE, START, TRAINED, Rung
+from qlora.evaluation.merges import MergeBase
 from qlora.measure import free_for_training
 from qlora.models.estimates import model_budget, scoring_parts
 from qlora.models.loading import DTYPES, load_base, load_for_training, load_gptq, load_plain, load_trained
@@ -28,13 +30,23 @@ MERGED = "merged"
 GPTQ = "gptq"
 
 
-def rungs(run: Run, rows: Sequence[RenderedRow]) -> list[Rung]:
-    """In order, each of what is there; `rows` are what they will be measured on."""
+@dataclass(frozen=True)
+class OtherMerge:
+    """The merge into the base that the recipe does not name, and what GPTQ makes of it."""
+
+    base: MergeBase
+    merged: Path
+    gptq: Path
+
+
+def rungs(run: Run, rows: Sequence[RenderedRow], other: OtherMerge | None = None) -> list[Rung]:
+    """In order, each of what is there; `rows` are what they will be measured on. other: the last ones are of it."""
     model, device, most = run.recipe.model, run.device_of("evaluate"), _memory_for_models(run, rows)
     tokens = trained_tokens(run.recipe.lora, run.base.directory, model.trust_remote_code)
     return [
         *learning_rungs(run.base, model, run.dirs.adapter, tokens, device, most),
         *shipped_rungs(run.recipe, run.dirs, device, most),
+        *(_other_rungs(run.recipe, other, device, most) if other is not None else []),
     ]
 
 
@@ -67,17 +79,39 @@ def shipped_rungs(recipe: Recipe, dirs: RunDir, device: str, most: int | None = 
 
     most: as `learning_rungs` has it.
     """
+    label = quantized_label(recipe.quantize, Lineage(dirs.lineage).metrics("quantize"))
+    merged = "merged" if recipe.merge.base == "dequantized" else "merged, original base"
+    load_merged, load_quantized = _loaders(recipe, device, most)
+    found = [
+        Rung(MERGED, merged, partial(load_merged, dirs.merged)),
+        Rung(GPTQ, label, partial(load_quantized, dirs.gptq)),
+    ]
+    return found if recipe.merge.write else found[1:]
+
+
+def _other_rungs(recipe: Recipe, other: OtherMerge, device: str, most: int | None) -> list[Rung]:
+    """The same of the other merge."""
+    method = recipe.quantize.method.upper()
+    load_merged, load_quantized = _loaders(recipe, device, most)
+    found = [
+        Rung("merged_other", f"merged, {other.base} base", partial(load_merged, other.merged)),
+        Rung("gptq_other", f"{method}, {other.base} base", partial(load_quantized, other.gptq)),
+    ]
+    return found if recipe.merge.write else found[1:]
+
+
+def _loaders(recipe: Recipe, device: str, most: int | None) -> tuple[Callable[[Path], Any], Callable[[Path], Any]]:
+    """Of a merged directory, and of a quantized one."""
     options: dict[str, Any] = {
+        "device": device,
         "attn_implementation": recipe.model.attn_implementation,
         "trust_remote_code": recipe.model.trust_remote_code,
         "most": most,
     }
-    label = quantized_label(recipe.quantize, Lineage(dirs.lineage).metrics("quantize"))
-    gptq = Rung(GPTQ, label, partial(load_gptq, dirs.gptq, DTYPES[recipe.model.dtype], device, **options))
-    if not recipe.merge.write:
-        return [gptq]
-    label = "merged" if recipe.merge.base == "dequantized" else "merged, original base"
-    return [Rung(MERGED, label, partial(load_plain, dirs.merged, DTYPES[recipe.merge.dtype], device, **options)), gptq]
+    return (
+        partial(load_plain, dtype=DTYPES[recipe.merge.dtype], **options),
+        partial(load_gptq, dtype=DTYPES[recipe.model.dtype], **options),
+    )
 
 
 def _memory_for_models(run: Run, rows: Sequence[RenderedRow]) -> int | None:

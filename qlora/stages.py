@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.artifacts import file_digest, read_json, write_json
-from qlora.errors import UserError
 from qlora.paths import RunDir
 from qlora.recipe import Calibration, Quantize, Recipe
 
 if TYPE_CHECKING:
     from qlora.data.calibration import CalibrationRow
-    from qlora.data.rendering import RenderedRow
+    from qlora.evaluation.merges import MergeBase
+    from qlora.merging import MergedSource
     from qlora.models.checkpoint import TensorSource
     from qlora.quantization import QuantizeReport
 
@@ -137,14 +137,6 @@ def check_quantization(run: Run) -> None:
     preview.check_quantization(run.recipe, training_shapes(bare, model, base.packed or base.directory))
 
 
-def check_evaluation(run: Run) -> None:
-    """Raise UserError for text and tasks that nothing could be measured on, before anything is trained."""
-    from qlora.evaluation.tasks import require_tasks
-
-    require_tasks(run.recipe.evaluate)
-    _general_rows(run)
-
-
 def train(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
     from qlora.training.callbacks import Reporter
     from qlora.training.launch import require_plain_launch
@@ -210,21 +202,20 @@ def merge(run: Run, fingerprint: str, output: Path | None, progress: Progress) -
 
 def merged_source(run: Run) -> TensorSource:
     """The merged model as a `TensorSource`: from its weights on disk, or computed where the recipe writes none."""
-    from qlora.merging import MergedSource
     from qlora.models.checkpoint import CheckpointReader
+
+    if run.recipe.merge.write:
+        return CheckpointReader(run.dirs.merged)
+    return computed_source(run, run.recipe.merge.base, run.dirs.merged, run.device_of("quantize"))
+
+
+def computed_source(run: Run, base: MergeBase, directory: Path, device: str) -> MergedSource:
+    """The merged model as it is computed from base and adapter. directory: has its configuration."""
+    from qlora.merging import MergedSource
     from qlora.models.loading import DTYPES
 
-    section = run.recipe.merge
-    if section.write:
-        return CheckpointReader(run.dirs.merged)
-    return MergedSource(
-        run.base.directory,
-        run.dirs.adapter,
-        run.dirs.merged,
-        base=section.base,
-        dtype=DTYPES[section.dtype],
-        device=run.device_of("quantize"),
-    )
+    dtype = DTYPES[run.recipe.merge.dtype]
+    return MergedSource(run.base.directory, run.dirs.adapter, directory, base=base, dtype=dtype, device=device)
 
 
 QUANTIZED_NAME = "quantized.json"
@@ -235,14 +226,18 @@ REFINEMENT_DOES_NOT_FIT = (
 
 
 def quantize(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
+    assert output is not None
+    return quantize_source(run, merged_source(run), output, progress)
+
+
+def quantize_source(run: Run, source: TensorSource, output: Path, progress: Progress) -> dict[str, Any]:
+    """A merged model through the recipe's quantization, into `output`."""
     import torch
 
     from qlora.quantization import GPTQSettings
 
-    assert output is not None
     section = run.recipe.quantize
     rows = _calibration_rows(run, section.calibration)
-    source = merged_source(run)
     options: dict[str, Any] = {
         "device": run.device_of("quantize"),
         "progress": progress,
@@ -311,52 +306,6 @@ def _quantizer(section: Quantize) -> Callable[..., QuantizeReport]:
     from qlora.quantization.external import quantize_with_gptqmodel
 
     return partial(quantize_with_gptqmodel, method=section.method)
-
-
-def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
-    from qlora.evaluation.answers import metrics_of
-    from qlora.evaluation.ladder import Settings, climb
-    from qlora.evaluation.tasks import open_tasks
-    from qlora.rungs import rungs
-    from qlora.serving_contract import golden_prompts, serving_contract
-
-    assert output is not None
-    if run.eval_rows is None:
-        raise UserError("there is nothing to measure on", "data.eval", "name a file of held-out rows in data.eval")
-    section = run.recipe.evaluate
-    rows = run.eval_rows.rows.good[: section.rows]
-    compared = run.eval_rows.rows[: section.rows]
-    with open_tasks(section, run.tokenizer) as tasks:
-        settings = Settings(
-            section.batch_size,
-            section.max_new_tokens,
-            run.tokenizer.pad_token_id,
-            metrics=metrics_of(section),
-            examples=section.examples,
-            general_batch=section.general_batch,
-            tasks=tasks,
-        )
-        general, golden = _general_rows(run), golden_prompts(run, rows)
-        observe = [golden.observe]
-        ladder = climb(
-            rungs(run, rows), rows, run.tokenizer, settings, output, progress, compared, observe, general=general
-        )
-    write_json(output / "ladder.json", ladder.to_json())
-    write_json(output / "contract.json", serving_contract(run, rows, golden))
-    if ladder.generations:
-        write_json(output / "generations.json", {"rows": ladder.generations})
-    return ladder.metrics()
-
-
-def _general_rows(run: Run) -> list[RenderedRow]:
-    """What evaluate.general names; empty if it names nothing."""
-    from qlora.data.calibration import general_rows
-    from qlora.recipe_measuring import GENERAL_LENGTH
-
-    section = run.recipe.evaluate
-    if section.general is None:
-        return []
-    return general_rows(section.general, run.tokenizer, section.general_tokens, GENERAL_LENGTH)
 
 
 def _release_memory() -> None:

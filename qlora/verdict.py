@@ -26,13 +26,33 @@ def verdict(facts: RunFacts) -> Verdict:
     """Of a run as its directory tells of it; not measured if no rows were held out."""
     if facts.ladder is None:
         return Verdict(measured=False)
-    return Verdict(measured=True, reasons=(*_failed_gates(facts.recipe, facts.ladder), *_mismatches(facts)))
+    gates = _failed_gates(facts.recipe, facts.ladder)
+    return Verdict(measured=True, reasons=(*_damaged(facts), *gates, *_lost(facts), *_mismatches(facts)))
 
 
 def _mismatches(facts: RunFacts) -> list[Problem]:
     """Where a server would be told other tokens or another template than training used."""
     found = (facts.contract or {}).get("mismatches", [])
     return [Problem(text, "evaluation/contract.json", MISMATCH_ADVICE) for text in found]
+
+
+def _damaged(facts: RunFacts) -> list[Problem]:
+    """Modules whose codes do not stand for the merged weights, whatever the ladder says."""
+    fix = f"remove {facts.dirs.gptq} and run again; if they are damaged again, report this with lineage.json"
+    damaged = (facts.survival or {}).get("damaged", [])
+    return [Problem(f"damaged: {module['why']}", module["name"], fix) for module in damaged]
+
+
+def _lost(facts: RunFacts) -> list[Problem]:
+    """The gate on what is left of the update."""
+    limit = facts.recipe.evaluate.gates.survival
+    left = (facts.survival or {}).get("overall", {}).get("energy")
+    if limit is None or (left is not None and left >= limit):
+        return []
+    shown = "not known" if left is None else f"{left:.4f}"
+    fix = f"is {facts.dirs.gptq} what GPTQ made of this adapter? Remove it and run again, or relax the gate"
+    what = f"the share of the update that is left is {shown}, the gate wants at least {limit:g}"
+    return [Problem(what, "evaluate.gates.survival", fix)]
 
 
 def _failed_gates(recipe: Recipe, ladder: dict[str, Any]) -> list[Problem]:

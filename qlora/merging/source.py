@@ -11,7 +11,8 @@ What bitsandbytes left alone and the adapter did not train (embeddings, output h
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -20,6 +21,7 @@ import torch
 from qlora.errors import Problem, UserError
 from qlora.merging.adapter import Adapter
 from qlora.merging.base_weights import TrainedOn, row_blocks, trained_on
+from qlora.merging.delta import LowRankUpdate
 from qlora.merging.plan import MergedTensor, plan_merge
 from qlora.merging.rounding import stochastic
 from qlora.models.checkpoint import CheckpointReader, TensorSpec
@@ -28,6 +30,18 @@ from qlora.models.provenance import ABSMAX_TOLERANCE, FILE_NAME, dtype_name, rea
 
 MergeBase = Literal["dequantized", "original"]
 Rounding = Literal["stochastic", "nearest"]
+
+
+@dataclass(frozen=True)
+class LinearRows:
+    """Rows [n, K] of a linear's weight, fp32 on the device that merges."""
+
+    rows: slice
+    before_nK: torch.Tensor
+    """What training began with: the base that the merge adds to, and what was taken from it for the adapter to begin
+    with (PiSSA)."""
+    after_nK: torch.Tensor
+    """The merged weight: `before_nK` and all that training did to it."""
 
 
 class MergedSource:
@@ -100,6 +114,34 @@ class MergedSource:
             return merged.T.contiguous() if tensor.transposed else merged
         return value.to(tensor.spec.dtype)
 
+    def module(self, name: str) -> str:
+        """The module of the trained model whose weight this tensor is. Raises KeyError for an unknown name."""
+        return self._tensors[name].parameter.removesuffix(".weight")
+
+    def linear(self, name: str) -> Iterator[LinearRows]:
+        """The weight [N, K] of a linear before and after training, a block of rows at a time, rounded nowhere.
+
+        Raises as `read` does.
+        """
+        tensor = self._tensors[name]
+        module = self.module(name)
+        weight = self._base_reader.read(tensor.source)
+        replaced = tensor.parameter in self.adapter.replacements
+        after = self.adapter.replacement(tensor.parameter) if replaced else None
+        if tensor.transposed:
+            weight, after = weight.T.contiguous(), None if after is None else after.T.contiguous()
+        update = self._update(module, tuple(weight.shape))
+        taken = self._taken[module] if module in self._taken.names else None
+        for rows, base_nK in self._base_blocks(module, weight):
+            before_nK = base_nK if update is None else base_nK.clone()
+            if taken is not None:  # training began with both parts
+                before_nK = (before_nK.double() + taken.of_rows(rows).part(self._device)).float()
+            if after is not None:
+                after_nK = after[rows].to(self._device).float()
+            else:
+                after_nK = base_nK if update is None else update.apply(base_nK, rows)
+            yield LinearRows(rows, before_nK, after_nK)
+
     def _in_weight_dtype(self, tensor: MergedTensor, dtype: torch.dtype) -> MergedTensor:
         module, _, kind = tensor.parameter.rpartition(".")
         adapted = "A" in self.adapter.lora.get(module, {})  # an adapted embedding has embedding_A
@@ -109,22 +151,9 @@ class MergedSource:
 
     def _merged_weight(self, module: str, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         shape = tuple(weight.shape)
-        taken = self._taken[module] if module in self._taken.names else None
-        trained_on = weight if taken is None else taken.rest(weight, self.provenance.load_dtype, self._device)
-        quantized = self._quantize_again(module, trained_on) if module in self.provenance.quantized else None
-        adapted = module in self.adapter.lora
-        update = self.adapter.weight_update(module, shape, self._device) if adapted else None
+        update = self._update(module, shape)
         merged = torch.empty(shape, dtype=dtype)
-        for rows in row_blocks(shape, self.provenance.settings.blocksize):
-            if self._base == "original" and taken is not None:
-                block = taken.of_rows(rows).rest_of_block(weight[rows], self._device).float()
-            elif self._base == "original":
-                block = weight[rows].to(self._device).float()
-            elif quantized is not None:
-                block = quantized.dequantize(rows)
-            else:
-                # A layer that stayed in 16 bits: training saw it in the dtype the base was loaded in.
-                block = trained_on[rows].to(self._device).to(self.provenance.load_dtype).float()
+        for rows, block in self._base_blocks(module, weight):
             if update is not None:
                 block = update.apply(block, rows)
             if update is not None and self._rounding == "stochastic":
@@ -139,6 +168,25 @@ class MergedSource:
                 )
             merged[rows] = block
         return merged
+
+    def _update(self, module: str, shape: tuple[int, ...]) -> LowRankUpdate | None:
+        return self.adapter.weight_update(module, shape, self._device) if module in self.adapter.lora else None
+
+    def _base_blocks(self, module: str, weight: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+        """What the adapter is added to, in fp32 on the device, a block of rows at a time; `weight` is the base's."""
+        taken = self._taken[module] if module in self._taken.names else None
+        trained_on = weight if taken is None else taken.rest(weight, self.provenance.load_dtype, self._device)
+        quantized = self._quantize_again(module, trained_on) if module in self.provenance.quantized else None
+        for rows in row_blocks(tuple(weight.shape), self.provenance.settings.blocksize):
+            if self._base == "original" and taken is not None:
+                yield rows, taken.of_rows(rows).rest_of_block(weight[rows], self._device).float()
+            elif self._base == "original":
+                yield rows, weight[rows].to(self._device).float()
+            elif quantized is not None:
+                yield rows, quantized.dequantize(rows)
+            else:
+                # A layer that stayed in 16 bits: training saw it in the dtype the base was loaded in.
+                yield rows, trained_on[rows].to(self._device).to(self.provenance.load_dtype).float()
 
     def _quantize_again(self, module: str, weight: torch.Tensor) -> TrainedOn:
         """The quantized weight of a layer. Raises UserError if training had another one."""

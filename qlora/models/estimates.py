@@ -8,6 +8,8 @@ All sizes are bytes, all counts are tokens or parameters.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from qlora.models.quantize_estimates import estimate_quantize, estimate_refine
 from qlora.models.resources import (
     BYTES,
@@ -38,13 +40,28 @@ def estimate_stages(
     """
     # Without merged weights on disk, quantize merges what it reads.
     merging = 0.0 if recipe.merge.write else _merging_seconds(shapes, machine)
-    return [
-        _train(recipe, shapes, adapter, work, machine),
+    making = [
         _merge(recipe, shapes, machine),
         estimate_quantize(recipe, shapes, work, machine, merging_seconds=merging),
         *([estimate_refine(recipe, shapes, work, machine)] if recipe.quantize.refine else []),
-        _evaluate(recipe, shapes, work, machine),
     ]
+    evaluate = _evaluate(recipe, shapes, work, machine)
+    if recipe.evaluate.compare_merges:
+        evaluate = _and_before(evaluate, making)
+    return [_train(recipe, shapes, adapter, work, machine), *making, evaluate]
+
+
+def _and_before(stage: StageEstimate, others: list[StageEstimate]) -> StageEstimate:
+    """A stage that does the work of others first, and keeps what they write while it lasts."""
+    every = [*others, stage]
+    seconds = [each.seconds for each in every if each.seconds is not None]
+    return replace(
+        max(every, key=lambda each: each.device),
+        stage=stage.stage,
+        host=max(each.host for each in every),
+        disk=sum(each.disk for each in every),
+        seconds=sum(seconds) if len(seconds) == len(every) else None,
+    )
 
 
 def merged_bytes(recipe: Recipe, shapes: ModelShapes) -> int:
@@ -111,9 +128,14 @@ def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
     itemsize = BYTES[recipe.model.dtype]
     rows, whole = work.evaluation, itemsize * shapes.total
     parts = {"model in 16 bits": whole, **scoring_parts(recipe, shapes, rows.longest, work.eval_longest_answer)}
-    models = 3 + recipe.model.requantizes + recipe.merge.write  # base, trained, GPTQ; NF4; merged
-    general = recipe.evaluate.general_tokens if recipe.evaluate.general is not None else 0
+    section = recipe.evaluate
+    merges = 1 + section.compare_merges
+    models = 2 + recipe.model.requantizes + merges * (1 + recipe.merge.write)  # base, trained; NF4; GPTQ, merged
+    general = section.general_tokens if section.general is not None else 0
     flops = forward_flops(shapes, rows.longest) * rows.tokens + forward_flops(shapes, GENERAL_LENGTH) * general
+    seconds = machine.seconds(models * flops, TRAINING)
+    if section.survival and seconds is not None:
+        seconds += _merging_seconds(shapes, machine)  # what survival compares with
     # What training held the base in stays on the GPU; of others, what is computed with.
     least = max(base_bytes(recipe, shapes), 2 * itemsize * max(shapes.largest_layer, shapes.largest_tensor))
     return stage_estimate(
@@ -122,6 +144,6 @@ def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
         parts,
         host=0,
         disk=2 * (work.eval_answer_tokens + general) * shapes.vocab_size,  # the trained model's log-probabilities, fp16
-        seconds=machine.seconds(models * flops, TRAINING),
+        seconds=seconds,
         movable=max(0, whole - least),
     )

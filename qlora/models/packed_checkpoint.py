@@ -6,6 +6,7 @@ No kernel of GPTQ or AWQ is involved in either.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from qlora.models.gptq_format import (
     TENSOR_NAMES as PACKED_NAMES,
 )
 from qlora.models.gptq_format import (
+    WORD_BITS,
     GPTQFormat,
     GPTQTensors,
     check_tensors,
@@ -183,3 +185,77 @@ def _settings_of(settings: GPTQFormat, name: str) -> GPTQFormat:
 def _unpack_awq(directory: Path) -> Unpack:
     check_readable(directory)
     return lambda name, parts, dtype: dequantize_awq(AWQTensors(**parts), dtype)
+
+
+class PackedLinears:
+    """The packed linears of a GPTQ checkpoint, read one at a time.
+
+    Raises UserError if the directory is no GPTQ v1 checkpoint, and on reading where tensors do not fit.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self._settings = read_quantization_config(directory)
+        self._reader = CheckpointReader(directory)
+        self._present = set(self._reader.names())
+        self.names = [name.removesuffix(".qweight") for name in self._reader.names() if name.endswith(".qweight")]
+        """Of the linears, in the checkpoint."""
+
+    def read(self, name: str, device: str) -> PackedRows:
+        """All rows of a linear, on the device."""
+        own = _settings_of(self._settings, name)
+        tensors = GPTQTensors(**read_parts(self._reader, self._present, name, device))
+        check_tensors(name, tensors, own)
+        return PackedRows(tensors, own.bits)
+
+    def bias(self, name: str, device: str) -> torch.Tensor | None:
+        """The bias [N] of a linear, if it has one."""
+        return self._reader.read(f"{name}.bias").to(device) if f"{name}.bias" in self._present else None
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """Some outputs of a packed linear, n of N, and the grid that their weights lie on."""
+
+    tensors: GPTQTensors
+    bits: int
+
+    @property
+    def outputs(self) -> int:
+        return self.tensors.scales.shape[1]
+
+    @property
+    def inputs(self) -> int:
+        return self.tensors.g_idx.shape[0]
+
+    @property
+    def groups(self) -> int:
+        return self.tensors.scales.shape[0]
+
+    @property
+    def grouped_in_order(self) -> bool:
+        """Whether groups are of equal size and of neighbouring inputs, as `g_idx` has them here."""
+        if self.inputs % self.groups:
+            return False
+        inputs = torch.arange(self.inputs, device=self.tensors.g_idx.device)
+        return torch.equal(self.tensors.g_idx.long(), inputs // (self.inputs // self.groups))
+
+    def rows(self, rows: slice) -> PackedRows:
+        """Some of these; `rows` begins and ends where words do, at multiples of 32 or at the end."""
+        words = slice(rows.start * self.bits // WORD_BITS, rows.stop * self.bits // WORD_BITS)
+        tensors = self.tensors
+        parts = (tensors.qweight[:, rows], tensors.qzeros[:, words], tensors.scales[:, rows], tensors.g_idx)
+        return PackedRows(GPTQTensors(*parts), self.bits)
+
+    def weight(self) -> torch.Tensor:
+        """fp32 [n, K]: what the codes stand for."""
+        return dequantize(self.tensors, self.bits)
+
+    def nearest(self, *weights_nK: torch.Tensor) -> list[torch.Tensor]:
+        """For each weight, the codes [n, K] of the grid's values nearest to it, as whole numbers in fp32."""
+        group = self.tensors.g_idx.long()
+        # A scale of zero has one value, that of the zero point.
+        steps_nG = self.tensors.scales.float().T.contiguous()
+        steps_nK = steps_nG.masked_fill_(steps_nG == 0, torch.inf).index_select(1, group)
+        zeros_nK = unpack_zeros(self.tensors.qzeros, self.bits).float().T.contiguous().index_select(1, group)
+        top = (1 << self.bits) - 1
+        return [(weight_nK / steps_nK).round_().add_(zeros_nK).clamp_(0, top) for weight_nK in weights_nK]

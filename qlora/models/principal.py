@@ -64,9 +64,12 @@ class PrincipalPart:
 
     def rest_of_block(self, weight_nK: torch.Tensor, device: torch.device | str) -> torch.Tensor:
         """The same in fp64, of a block that is small enough."""
-        up_nR, down_RK = self.up_NR.to(device, torch.float64), self.down_RK.to(device, torch.float64)
-        part_nK = (up_nR @ down_RK).mul_(self.scaling)
-        return weight_nK.to(device, torch.float64) - part_nK
+        return weight_nK.to(device, torch.float64) - self.part(device)
+
+    def part(self, device: torch.device | str) -> torch.Tensor:
+        """s·B0·A0 [N, K] in fp64."""
+        up_NR, down_RK = self.up_NR.to(device, torch.float64), self.down_RK.to(device, torch.float64)
+        return (up_NR @ down_RK).mul_(self.scaling)
 
 
 def principal(matrix_NK: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -53,6 +53,26 @@ def ladder_notes(recipe: Recipe) -> list[str]:
     return []
 
 
+def survival_notes(survival: Mapping[str, Any] | None) -> list[str]:
+    """What is left of the update in the checkpoint, and which module is furthest off."""
+    energy = survival["overall"]["energy"] if survival is not None else None
+    if survival is None or energy is None:
+        return []
+    outputs = {module["name"]: module["output_error"] for module in survival["modules"]}
+    error, worst = survival["overall"]["output_error"], survival["worst"][0]
+    off = f"; outputs of modules are {error:.1%} off, most in {worst}: {outputs[worst]:.1%}" if error else ""
+    return [f"survival: {energy:.0%} of the update is left after quantization, along itself{off}"]
+
+
+def merges_notes(merges: Mapping[str, Any] | None) -> list[str]:
+    """Which of two merges to ship."""
+    if merges is None:
+        return []
+    if merges["ship"] == "either":
+        return [f"Both merges do; {merges['why']}"]
+    return [f"Ship the merge into the {merges['ship']} base: {merges['why']}"]
+
+
 def quantize_notes(metrics: Mapping[str, Any]) -> list[str]:
     """A line for every way in which the quantized model got less than it was to get, from the stage's metrics."""
     notes = [*metrics["warnings"], *_dead_columns(metrics["modules"])]

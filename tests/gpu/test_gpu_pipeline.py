@@ -33,6 +33,9 @@ def test_quickstart_meets_its_gates_and_the_merge_is_the_trained_model(smollm2, 
     assert rungs["trained"]["exact_match"] >= 0.9
     assert rungs["gptq"]["exact_match"] >= rungs["trained"]["exact_match"] - 0.04
     assert rungs["merged"]["kl"] <= 0.002
+    survival = read_json(recipe.run_dir / "evaluation/survival.json")
+    assert survival["damaged"] == [] and 0.9 < survival["overall"]["energy"] < 1.1
+    assert all(0 < module["output_error"] < 0.2 for module in survival["modules"])
     stages = read_json(recipe.run_dir / "lineage.json")["stages"]
     assert stages["train"]["metrics"]["gpu_peak_gib"] > stages["merge"]["metrics"]["gpu_peak_gib"] > 0
 

@@ -32,6 +32,10 @@ def open_source(trained: Any, directory: Path, **options: Any) -> MergedSource:
     return MergedSource(trained.base, trained.adapter, directory, **defaults | options)
 
 
+def _linear(source: MergedSource, name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(block.before_nK, block.after_nK) for block in source.linear(name)]
+
+
 @pytest.mark.parametrize("base", ["dequantized", "original"])
 @pytest.mark.parametrize(
     "lora",
@@ -54,6 +58,10 @@ def test_linear_weights_are_those_of_a_float32_merge_and_the_rest_those_of_a_bfl
         is_weight = "proj.weight" in name or (name == "lm_head.weight" and "lm_head" in lora.get("target_modules", []))
         expected = whole[name] if is_weight else rounded[name]
         assert tensor.dtype == expected.dtype and torch.equal(tensor, expected), name
+        if "proj.weight" in name:
+            before, after = (torch.cat(parts) for parts in zip(*_linear(source, name), strict=True))
+            assert torch.equal(after, expected) and after.dtype == torch.float32
+            assert torch.equal(before, after) == (source.module(name) not in source.adapter.lora)
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(whole[name], rounded[name].float())
 
