@@ -45,8 +45,7 @@ from qlora.recipe import Recipe
 from qlora.recipe_measuring import GENERAL_LENGTH
 from qlora.training.arguments import training_arguments
 from qlora.training.launch import require_processes
-from qlora.training.plan import rows_per_step
-from qlora.training.preference import PASSES
+from qlora.training.plan import PASSES, rows_per_step
 from qlora.workload import adapter_of, step_lengths, workload
 from qlora.workload import plan as plan_of
 

@@ -22,23 +22,13 @@ from qlora.evaluation.survival import report, survival
 from qlora.models.gptq_format import quantization_method
 from qlora.models.packed_checkpoint import PackedLinears
 from qlora.recipe import Recipe
-from qlora.recipe_measuring import GENERAL_LENGTH
 from qlora.rungs import OtherMerge
-from qlora.stages import Progress, Run, computed_source, quantize_source
+from qlora.stages import Progress, Run, computed_source, general_rows, quantize_source
 
 if TYPE_CHECKING:
     from qlora.evaluation.ladder import Rung
 
 OF_AWQ = "AWQ scales inputs of a linear and takes that back in what comes before it: no weight stands for another alone"
-
-
-def check_evaluation(run: Run) -> None:
-    """Raise UserError for what nothing could be measured on, and merges that are one, before anything is trained."""
-    from qlora.evaluation.tasks import require_tasks
-
-    check_compared(run.recipe)
-    require_tasks(run.recipe.evaluate)
-    _general_rows(run)
 
 
 def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
@@ -55,7 +45,7 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
     rows = run.eval_rows.rows.good[: section.rows]
     compared = run.eval_rows.rows[: section.rows]
     survival = SurvivalOfRun(run, rows) if section.survival else None
-    general, golden = _general_rows(run), golden_prompts(run, rows)
+    general, golden = general_rows(run), golden_prompts(run, rows)
     observe = [golden.observe, *(survival.observers if survival is not None else ())]
     with open_tasks(section, run.tokenizer) as tasks, other_merge(run, output / "other", progress) as other:
         settings = Settings(
@@ -78,16 +68,6 @@ def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress
         write_merges(run.recipe, found["rungs"], output / "merges.json")
     metrics = survival.write(output / "survival.json", progress) if survival is not None else {}
     return metrics | ladder.metrics()
-
-
-def _general_rows(run: Run) -> list[RenderedRow]:
-    """What evaluate.general names; empty if it names nothing."""
-    from qlora.data.calibration import general_rows
-
-    section = run.recipe.evaluate
-    if section.general is None:
-        return []
-    return general_rows(section.general, run.tokenizer, section.general_tokens, GENERAL_LENGTH)
 
 
 class SurvivalOfRun:

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from qlora import measuring, stages
+from qlora import stages
 from qlora.artifacts import (
     LOCK_HELD,
     Lineage,
@@ -45,7 +45,6 @@ from qlora.reporting.tables import ladder_table
 from qlora.reporting.tracking import Tracker
 from qlora.stages import Progress, Run
 from qlora.verdict import verdict
-from qlora.workload import expected
 
 VERSIONED = ("qlora", "torch", "transformers", "peft", "trl", "bitsandbytes")
 
@@ -101,7 +100,7 @@ STAGES = {
         Stage(
             "evaluate",
             "evaluation",
-            measuring.evaluate,
+            stages.evaluate,
             needs=("train", "merge", "quantize"),
             sections=("evaluate", "data"),
             without=("data.train", "evaluate.batch_size", "evaluate.device", "evaluate.memory", "evaluate.gates"),
@@ -129,7 +128,7 @@ class Pipeline:
             if not self._is_current(STAGES["quantize"]):
                 stages.check_quantization(self.state)
             if not self._is_current(STAGES["evaluate"]):
-                measuring.check_evaluation(self.state)
+                stages.check_evaluation(self.state)
             for stage in STAGES.values():
                 if stage.name == "evaluate" and self.state.splits.evaluation is None:
                     self.lineage.forget("evaluate")
@@ -339,6 +338,8 @@ class Pipeline:
     @cached_property
     def _expected(self) -> dict[str, dict[str, float | None]]:
         """What each stage is estimated to take, for the report to compare with."""
+        from qlora.workload import expected
+
         return expected(self.state)
 
     @cached_property

@@ -17,6 +17,7 @@ from qlora.recipe import Calibration, Quantize, Recipe
 
 if TYPE_CHECKING:
     from qlora.data.calibration import CalibrationRow
+    from qlora.data.rendering import RenderedRow
     from qlora.evaluation.merges import MergeBase
     from qlora.merging import MergedSource
     from qlora.models.checkpoint import TensorSource
@@ -306,6 +307,33 @@ def _quantizer(section: Quantize) -> Callable[..., QuantizeReport]:
     from qlora.quantization.external import quantize_with_gptqmodel
 
     return partial(quantize_with_gptqmodel, method=section.method)
+
+
+def check_evaluation(run: Run) -> None:
+    """Raise UserError for what nothing could be measured on, and merges that are one, before anything is trained."""
+    from qlora.evaluation.merges import check_compared
+    from qlora.evaluation.tasks import require_tasks
+
+    check_compared(run.recipe)
+    require_tasks(run.recipe.evaluate)
+    general_rows(run)
+
+
+def general_rows(run: Run) -> list[RenderedRow]:
+    """What evaluate.general names; empty if it names nothing."""
+    from qlora.data.calibration import general_rows as drawn
+    from qlora.recipe_measuring import GENERAL_LENGTH
+
+    section = run.recipe.evaluate
+    if section.general is None:
+        return []
+    return drawn(section.general, run.tokenizer, section.general_tokens, GENERAL_LENGTH)
+
+
+def evaluate(run: Run, fingerprint: str, output: Path | None, progress: Progress) -> dict[str, Any]:
+    from qlora import measuring
+
+    return measuring.evaluate(run, fingerprint, output, progress)
 
 
 def _release_memory() -> None:

@@ -17,8 +17,7 @@ from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, read
 from qlora.models.tokens import TrainedTokens, trained_tokens
 from qlora.quantization.preview import CalibrationPreview, preview_calibration
 from qlora.recipe import Recipe
-from qlora.training.plan import TrainingPlan, plan_batches, plan_training
-from qlora.training.preference import PASSES, fewest_rows, longest_of
+from qlora.training.plan import PASSES, TrainingPlan, fewest_rows, longest_of, plan_batches, plan_training
 
 if TYPE_CHECKING:
     from qlora.stages import Run

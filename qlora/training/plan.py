@@ -5,6 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from qlora.errors import UserError
 from qlora.models.resources import Machine, Pass
@@ -13,6 +16,12 @@ from qlora.models.training_memory import Plan, Probe, Trained, plan
 from qlora.recipe import Recipe
 from qlora.training.schedule import Schedule, plan_schedule
 
+if TYPE_CHECKING:
+    from qlora.data.store import Rows
+
+# Work of a step, in that of a forward and a backward: one more forward of what answers are measured against, and for
+# KTO two of answers to other prompts.
+PASSES = {"sft": 1.0, "dpo": 1.5, "kto": 2.5, "orpo": 1.0}
 # Of the memory that is free, what training may take: other processes, and what the formula does not know.
 SHARE_OF_FREE = 0.9
 # Divisions of a step that are looked at, at most.
@@ -217,6 +226,22 @@ def plan_batches(
         False,
         shards,
     )
+
+
+def fewest_rows(method: str) -> int:
+    """Of a batch: KTO estimates from a row's neighbours what it measures answers against."""
+    return 2 if method == "kto" else 1
+
+
+def longest_of(method: str, rows: Rows) -> int:
+    """Positions of one row in a batch whose activations are kept; a pair takes two of the longest answer.
+
+    KTO also runs another row's answer behind each prompt, of which nothing is kept.
+    """
+    if method == "kto":
+        return int(rows.column("length").max())
+    worse_N = rows.column("rejected") + rows.column("prompt_length")
+    return 2 * int(np.maximum(rows.column("length"), worse_N).max())
 
 
 def _counts(most: int) -> Iterator[int]:

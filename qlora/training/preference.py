@@ -37,16 +37,13 @@ from qlora.training.arguments import PLAN, trainable, training_arguments
 from qlora.training.columns import IDS, on_disk
 from qlora.training.fused import fuse
 from qlora.training.launch import shared_base
-from qlora.training.plan import Division, TrainingPlan, plan_batches
+from qlora.training.plan import Division, TrainingPlan, fewest_rows, longest_of, plan_batches
 
 log = logging.getLogger(__name__)
 
 REFERENCE = "ref"
 """TRL's name for the copy of an adapter that training goes on from."""
 KL_COLUMN = "KL_completion_ids"
-# Work of a step, in that of a forward and a backward: one more forward of what answers are measured against, and for
-# KTO two of answers to other prompts.
-PASSES = {"sft": 1.0, "dpo": 1.5, "kto": 2.5, "orpo": 1.0}
 
 
 def build_trainer(
@@ -105,22 +102,6 @@ def build_trainer(
     if sharding is not None:
         sharding.leave_out_of_ddp(model)
     return trainer
-
-
-def fewest_rows(method: str) -> int:
-    """Of a batch: KTO estimates from a row's neighbours what it measures answers against."""
-    return 2 if method == "kto" else 1
-
-
-def longest_of(method: str, rows: Rows) -> int:
-    """Positions of one row in a batch whose activations are kept; a pair takes two of the longest answer.
-
-    KTO also runs another row's answer behind each prompt, of which nothing is kept.
-    """
-    if method == "kto":
-        return int(rows.column("length").max())
-    worse_N = rows.column("rejected") + rows.column("prompt_length")
-    return 2 * int(np.maximum(rows.column("length"), worse_N).max())
 
 
 def _plan(

@@ -69,7 +69,7 @@ def test_both_merges_go_through_gptq_and_stand_on_one_ladder(tiny_recipe, write,
     assert (content[other]["merged"] is not None) == write
     assert content["ship"] in ("dequantized", "original", "either") and content["why"]
     assert f"Ship the merge into the {content['ship']} base" in " ".join(text.split()) or content["ship"] == "either"
-    assert {each.name for each in folder.iterdir()} == {"ladder.json", "merges.json", "survival.json"}
+    assert {each.name for each in folder.iterdir()} == {"contract.json", "ladder.json", "merges.json", "survival.json"}
 
 
 def test_where_both_merges_are_one_comparing_them_is_refused(tiny_recipe, capsys):

@@ -36,7 +36,7 @@ def test_text_has_the_same_in_80_columns(write_run, tmp_path):
     code, said = qlora("report", run, "--text")
     assert code == 0 and not (run / "report").exists()
     assert all(len(line) <= 80 for line in said.splitlines())
-    assert "Do not ship it: 2 checks failed" in said
+    assert "Do not ship it: 3 checks failed" in said
     for found in ("0.0093", "99.77%", "loss 3.000", "29 modules", "damaged", "estimate", "metal trays", "vLLM 1.2"):
         assert found in said, found
     assert "\u202e" not in said, "what a terminal would obey"
