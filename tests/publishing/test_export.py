@@ -22,8 +22,8 @@ def exported(run_dir, qlora, tmp_path_factory) -> Path:
 
 def test_an_export_has_everything_and_names_nothing_of_this_machine(exported, run_dir, tiny_model, facts_file):
     assert {path.name for path in exported.iterdir()} == {
-        "adapter", "merged", "gptq", "report", "README.md", "MANIFEST.json", "contract.json", "ladder.json", "survival.json",
-        "recipe.yaml", "lineage.json",
+        "adapter", "merged", "gptq", "report", "README.md", "MANIFEST.json", "contract.json", "ladder.json",
+        "survival.json", "recipe.yaml", "lineage.json",
     }  # fmt: skip
     private = [str(path) for path in (run_dir.parent, tiny_model.parent, facts_file.parent, Path.home())]
     for path in exported.rglob("*"):
