@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . scripts/env.sh
-ensure_env dev,gguf,gptq
+ensure_env dev,gguf,gptq,eval
 bash scripts/fetch_model.sh
 ensure_chromium
 ruff check .

@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+import warm
 
 from qlora import cli
 from qlora.errors import UserError
@@ -20,16 +21,15 @@ ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def qlora(*arguments: object, **options) -> subprocess.CompletedProcess:
-    """The command; in a process of its own where options ask for one, which takes seconds to import everything."""
+    """The command; in a process of its own where options, `env` and `cwd`, ask for one."""
     command = list(map(str, arguments))
     if not options:
         with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
             code = cli._exit_code(lambda: cli.qlora.main(command, standalone_mode=False))
         return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
-    return subprocess.run(
-        [sys.executable, "-m", "qlora", *command],
-        **{"capture_output": True, "text": True, "env": ENVIRONMENT, **options},
-    )
+    if options.get("env", ENVIRONMENT).get("PYTHONPATH") != ENVIRONMENT.get("PYTHONPATH"):  # an interpreter of its own
+        return subprocess.run([sys.executable, "-m", "qlora", *command], capture_output=True, text=True, **options)
+    return warm.run(*command, **{"env": ENVIRONMENT, **options})
 
 
 def fails(code: int, *arguments: object, **options) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm
 from safetensors.torch import load_file, save_file
 
 from qlora.artifacts import read_json
@@ -33,28 +34,17 @@ def run(path: Path, *overrides: str) -> Path:
     return recipe.run_dir
 
 
-def command(*arguments: str, **options) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "qlora", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        **options,
-    )
+def command(*arguments: object) -> subprocess.CompletedProcess:
+    return warm.run(*arguments, env=ENVIRONMENT)
 
 
 def kill_when(condition: Callable[[], bool], *arguments: object) -> None:
     """Start a command, and kill -9 it as soon as the condition holds."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora", *map(str, arguments)],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = warm.start(*arguments, env=ENVIRONMENT)
     while not condition():
         assert process.poll() is None, "the command ended before it could be killed"
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
+    process.kill()
     process.wait()
 
 
