@@ -230,7 +230,7 @@ def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
                 "checkpoint_every": 2,
             },
             "quantize": {"group_size": 32, "calibration": {"samples": 8}, "refine": None},
-            "evaluate": {"rows": None, "gates": {"merge_kl": None}},
+            "evaluate": {"rows": None, "golden": 2, "golden_tokens": 8, "gates": {"merge_kl": None}},
         }
         for section, values in sections.items():
             recipe[section] = recipe.get(section, {}) | values if isinstance(values, dict) else values

@@ -180,3 +180,12 @@ def test_the_allocator_is_set_before_torch_is_imported_unless_the_user_did(set_b
     environment = {key: value for key, value in os.environ.items() if "ALLOC_CONF" not in key} | set_by_user
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"False {expected}"
+
+
+def test_training_does_not_import_gptqmodel(tiny_recipe):
+    """Where it is installed, PEFT would: ten seconds, a banner, and settings of torch that are not ours."""
+    code = "import atexit, sys; from qlora.cli import main; sys.argv[1:] = ['train', {!r}];"
+    code += "atexit.register(lambda: print('imported', 'gptqmodel' in sys.modules)); main()"
+    command = [sys.executable, "-c", code.format(str(tiny_recipe()))]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert "imported False" in done.stdout and "GPT-QModel" not in done.stdout + done.stderr

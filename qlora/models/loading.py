@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora.errors import UserError
 from qlora.models.packed_checkpoint import dequantized_tensors, transposed_linears
-from qlora.models.patches import each_quantized_weight, plain_falcon_linears
+from qlora.models.patches import each_quantized_weight, leave_gptqmodel_alone, plain_falcon_linears
 from qlora.models.placement import place
 from qlora.models.tokens import (
     TrainedTokens,
@@ -210,6 +210,7 @@ def attach_adapter(base: PreTrainedModel, lora: Lora, tokens: TrainedTokens | No
     from peft import get_peft_model
     from peft.tuners.lora import LoraLayer
 
+    leave_gptqmodel_alone()
     config = lora_config(lora, token_indices(base, tokens, lora) if tokens is not None else None)
     if lora.target_modules == "all-linear" and fused_parameters(base):
         config.target_modules = _linears_beside_experts(base)
@@ -281,6 +282,7 @@ def load_trained(base: PreTrainedModel, adapter: Path, directory: Path) -> Any:
     if config.trainable_token_indices:
         grow(base, TrainedTokens.of_layers(config.trainable_token_indices))
     put_rests(base, adapter, read_provenance(adapter / FILE_NAME).beginning, directory)
+    leave_gptqmodel_alone()
     model = PeftModel.from_pretrained(base, adapter, config=config).eval()
     read_rows_apart(model)
     return round_once(model)

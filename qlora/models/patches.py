@@ -26,6 +26,23 @@ def parse_gguf_once() -> Iterator[None]:
         gguf.GGUFReader, gguf.get_tensor_name_map = reader, names  # type: ignore[misc]
 
 
+def leave_gptqmodel_alone() -> None:
+    """Have PEFT not import gptqmodel, where it is installed, to ask of every layer whether it is one of gptqmodel's.
+
+    It takes ten seconds, prints a banner and changes settings of torch (is_gptqmodel_quant_linear in peft.utils.other,
+    0.21). No layer under an adapter of ours is: packed bases have our own (`qlora.models.packed_module`).
+    """
+    from peft.tuners.lora import awq, gptq
+    from peft.utils import other
+
+    for module in (awq, gptq, other):
+        module.is_gptqmodel_available = _no  # type: ignore[attr-defined]
+
+
+def _no() -> bool:
+    return False
+
+
 @contextlib.contextmanager
 def plain_falcon_linears() -> Iterator[None]:
     """Build Falcon with `nn.Linear`, whose product its own subclass computes too, only rounded elsewhere.
