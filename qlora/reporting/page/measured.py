@@ -22,7 +22,13 @@ from qlora.reporting.page.heatmap import heat_map
 from qlora.reporting.page.html import Child, Html, row, table, tag, with_code
 
 ANSWERS, OPEN, CHARACTERS = 24, 3, 1200  # prompts on the page, of them open at once, and of a text shown
-TOKENS = {"bos": "begins with", "eos": "ends with", "pad": "pads with", "chat_template_sha256": "chat template"}
+TOKENS = {
+    "bos": "begins with",
+    "eos": "ends with",
+    "generation_eos": "stops writing at",
+    "pad": "pads with",
+    "chat_template_sha256": "chat template",
+}
 MARKS = {True: ("pass", "✓", "passed"), False: ("fail", "✗", "failed"), None: ("", "–", "did not apply")}
 
 
