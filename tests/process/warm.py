@@ -112,8 +112,14 @@ def serve(address: str) -> None:
     listening.bind(f"{address}.new")
     listening.listen()
     os.rename(f"{address}.new", address)
-    while True:
-        connection, _ = listening.accept()
+    parent = os.getppid()
+    listening.settimeout(2)
+    while os.getppid() == parent:
+        try:
+            connection, _ = listening.accept()
+        except TimeoutError:
+            continue
+        connection.setblocking(True)
         if not os.fork():
             listening.close()
             _attend(connection)
