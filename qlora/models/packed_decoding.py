@@ -8,11 +8,9 @@ inference alone: there is no backward, and the parts of a merged linear are no p
 
 from __future__ import annotations
 
-import sys
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import wraps
 from typing import Any
 
 import torch
@@ -23,8 +21,8 @@ from qlora.kernels import gptq_gemv
 from qlora.kernels.gptq_gemv import DTYPES, MOST_ROWS, Arrivals, few_rows_product, gated_halves
 from qlora.kernels.norms import RmsNorm, fuse_rms_norms, recognized
 from qlora.kernels.packed_linear import PackedWeight, dequantize
-from qlora.kernels.rotary import rotate
 from qlora.models.packed_module import PackedLinear
+from qlora.models.rotary_functions import replace_rotary
 from qlora.quantization.modules import decoder_layers
 
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -110,7 +108,7 @@ def speed_up(model: Any) -> int:
             model.set_submodule(name, DecodingLinear(module.packed, module.bias, arrivals))
             count += 1
     fuse_rms_norms(model, device=next(model.parameters()).device.type)
-    _fuse_rotary(model)
+    replace_rotary(model, lambda query, key: True)
     for block in list(model.modules()):
         _fuse_block(block, model.dtype)
     _fuse_layers(model)
@@ -137,36 +135,6 @@ def _merge(linears: Sequence[Any], arrivals: Arrivals) -> DecodingLinear:
     together = {name: torch.cat([getattr(weight, name) for weight in weights], dim=1) for name in names}
     bias = None if linears[0].bias is None else torch.cat([linear.bias.detach() for linear in linears])
     return DecodingLinear(replace(weights[0], **together), bias, arrivals)
-
-
-def _fuse_rotary(model: nn.Module) -> None:
-    """Turn queries and keys in one kernel each, where the model's own function does the same on random inputs."""
-    for name in {type(module).__module__ for module in model.modules()}:
-        plain = getattr(sys.modules[name], "apply_rotary_pos_emb", None)
-        if plain is not None and not hasattr(plain, "plain") and _rotates(plain):
-            setattr(sys.modules[name], "apply_rotary_pos_emb", _rotary(plain))  # noqa: B010
-
-
-def _rotary(plain: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(plain)
-    def apply(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not (q.is_cuda and q.dtype == k.dtype == cos.dtype and cos.ndim == 3):
-            return plain(q, k, cos, sin, *args, **kwargs)
-        return rotate(q, k, cos, sin)
-
-    apply.plain = plain  # type: ignore[attr-defined]
-    return apply
-
-
-def _rotates(plain: Callable[..., Any]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    shapes = (1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)
-    query, key, cos, sin = (torch.randn(*shape, generator=generator) for shape in shapes)
-    try:
-        expected = plain(query, key, cos, sin)
-    except (TypeError, ValueError, RuntimeError, IndexError):  # a function of other arguments
-        return False
-    return all(torch.allclose(*pair, atol=1e-5) for pair in zip(rotate(query, key, cos, sin), expected, strict=True))
 
 
 def _fuse_block(block: nn.Module, dtype: torch.dtype) -> bool:

@@ -8,7 +8,6 @@ is not covered keeps its forward, and is named: layers with dropout, DoRA, a bia
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +27,9 @@ from qlora.kernels.gated_mlp import Activation, gated_mlp
 from qlora.kernels.head_loss import head_loss
 from qlora.kernels.lora_linears import Copies, FrozenLinear, free_buffers, lora_linears
 from qlora.kernels.norms import SOURCE, fuse_rms_norms
-from qlora.kernels.rotary import learns, rotate
+from qlora.kernels.rotary import learns
 from qlora.models.frozen import QUANTIZED, compute_dtype, dense_weight, is_known, kernel_weight
+from qlora.models.rotary_functions import replace_rotary
 from qlora.models.tokens import learned_rows, row_ids
 from qlora.training.residual import ADDS_RESIDUAL, fuse_layers
 
@@ -107,40 +107,8 @@ def fuse(model: nn.Module, *, float8: bool = False) -> Fused:
 
 
 def fuse_rotary(model: nn.Module) -> int:
-    """Have training turn queries and keys in one pass; returns in how many of transformers' modules.
-
-    Models find that function in their module, so it is replaced there, for all of them: where gradients are asked for,
-    on a GPU, and where the old one gives the same on random inputs. All else goes to the old one.
-    """
-    fused = 0
-    for name in {type(module).__module__ for module in model.modules()}:
-        plain = getattr(sys.modules[name], "apply_rotary_pos_emb", None)
-        if plain is not None and not hasattr(plain, "plain") and _rotates(plain):
-            setattr(sys.modules[name], "apply_rotary_pos_emb", _rotary(plain))  # noqa: B010
-            fused += 1
-    return fused
-
-
-def _rotary(plain: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(plain)
-    def apply(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        if args or kwargs or not (learns(q, k) and q.is_cuda and q.dtype == k.dtype == cos.dtype and cos.ndim == 3):
-            return plain(q, k, cos, sin, *args, **kwargs)
-        return rotate(q, k, cos, sin)
-
-    apply.plain = plain  # type: ignore[attr-defined]
-    return apply
-
-
-def _rotates(plain: Callable[..., Any]) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    shapes = (1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)
-    query, key, cos, sin = (torch.randn(*shape, generator=generator) for shape in shapes)
-    try:
-        expected = plain(query, key, cos, sin)
-    except (TypeError, ValueError, RuntimeError, IndexError):  # a function of other arguments
-        return False
-    return all(torch.allclose(*pair, atol=1e-5) for pair in zip(rotate(query, key, cos, sin), expected, strict=True))
+    """Have training turn queries and keys in one pass, where gradients are asked for; as `replace_rotary`."""
+    return replace_rotary(model, learns)
 
 
 def fuse_head(model: Any) -> str | None:
