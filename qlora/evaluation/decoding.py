@@ -19,6 +19,7 @@ from transformers import StaticCache
 from transformers.cache_utils import Cache, StaticLayer
 
 from qlora.errors import UserError
+from qlora.kernels.one_token import append
 
 ALIGNED = 64
 """Slots of a cache are a multiple of it: attention with a mask is fastest so."""
@@ -42,9 +43,12 @@ class _Layer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        self.keys.index_copy_(2, self._positions[0], key_states)
-        self.values.index_copy_(2, self._positions[0], value_states)
-        return (key_states, value_states) if self._prefills else (self.keys, self.values)
+        if self._prefills:
+            self.keys.index_copy_(2, self._positions[0], key_states)
+            self.values.index_copy_(2, self._positions[0], value_states)
+            return key_states, value_states
+        append(self.keys, self.values, self._positions[0], key_states, value_states)
+        return self.keys, self.values
 
     @property
     def _prefills(self) -> bool:

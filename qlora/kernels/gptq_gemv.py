@@ -1,20 +1,19 @@
 """Products of few rows with 4-bit weights that read the packed codes once: what decoding spends its time on.
 
-    y[m, n] = Σ_k x[m, k] · scales[g, n] · (q[k, n] − z[g, n]) + added[m, n],   g = k // S
+    y[m, n] = Σ_g scales[g, n] · Σ_{k in g} x[m, k] · (q[k, n] − z[g, n]) + added[m, n]
 
 A row at a time is bound by how fast codes come from memory, so a weight must cost few instructions. Set beside the bits
-of 1.0, a code of 4 bits at bit 16 or 12 of a word is the fp32 number f = 1 + q/c with c = 2⁷ or 2¹¹: no conversion, and
-a shift serves two codes. Of one row, sums of x·f are multiplied by what is common to them once they are summed,
+of a power of two that has 4 bits to spare, a code is the 16-bit float c + q (c = 128 in bf16, 1024 in fp16), and
+c + q − (c + z) = q − z is exact: no conversion, and one instruction does two codes. Tensor cores multiply these whole
+numbers with x; scales are applied in fp32 to the sums of a group.
 
-    Σ x·s·(q − z) = s · (c·Σ x·f − (c + z)·Σ x),
-
-and of several, one multiply-add makes the exact weight, s·(q − z) = c·s·f − (c + z)·s with every term in 24 bits.
+That takes codes in another order than a GPTQ checkpoint has them, `StripedWeight`: two neighbouring inputs of a tensor
+core's product side by side in 32 bits. Codes go from memory to shared memory while earlier ones are multiplied.
 
 Inputs are split over programs, for there are too few outputs to fill a GPU. A program leaves its sums in a buffer, and
-the last one to arrive adds them up in their order: equal inputs give equal bits. Of one row sums and weights are in
-fp32; of several, weights are rounded to the dtype of x for the tensor cores.
+the last one to arrive adds them up in their order: equal inputs give equal bits.
 
-Shapes: M rows, K inputs, N outputs, G groups of S inputs, W words of 8 codes.
+Shapes: M rows, K inputs, N outputs, G groups of S inputs, H = K / 4 halfwords of 4 codes.
 """
 
 from __future__ import annotations
@@ -25,7 +24,8 @@ import torch
 from torch.nn.functional import gelu
 from torch.nn.functional import silu as silu_of
 
-from qlora.kernels.packed_linear import PackedWeight, dequantize
+from qlora.kernels.packed_linear import PackedWeight
+from qlora.models.gptq_format import unpack_rows
 
 try:
     import triton
@@ -34,10 +34,14 @@ except ImportError:  # CPU builds of torch come without Triton
     triton = None
 
 BITS = 4
-CODES = 8
-"""Of a word."""
+STRIPES = 4
+"""Of a block: as many as a halfword has codes."""
 MOST_ROWS = 64
 """Rows up to which reading codes beats dequantizing them once for a large product."""
+LEAST_ROOM = 16
+"""Rows of a tensor core's product."""
+MOST_PARTS = 16
+"""Programs that share an output's inputs."""
 DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -45,22 +49,50 @@ DTYPES = (torch.float16, torch.bfloat16)
 class Tiles:
     """How a product is cut up."""
 
-    words: int
-    """Words along inputs that a program holds at a time: 8 inputs each."""
     columns: int
     """Outputs of a program."""
     warps: int
+    stages: int
+    """Blocks of inputs that are under way from memory or being multiplied."""
     per_processor: int
     """Programs that there should be for each multiprocessor; inputs are split to have them."""
 
 
-# The fastest of those that scripts/bench/gemv.py tries, on an H200. As few columns as half the threads: with more,
-# Triton gives scales a layout of their own, and moves all codes to it.
-ONE_ROW = Tiles(words=16, columns=64, warps=4, per_processor=12)
-FEW_ROWS = Tiles(words=16, columns=128, warps=8, per_processor=6)
+TILES = Tiles(columns=128, warps=4, stages=3, per_processor=3)
+"""The fastest of those that scripts/bench/gemv.py tries, on an H200, for one row and for 32."""
 GATED_COLUMNS = 512
-ONE_IN_FLOAT = 0x3F800000
-"""The bits of 1.0. To kernels it is an argument: with a constant, masking and setting take two instructions."""
+
+
+@dataclass(frozen=True)
+class StripedWeight:
+    """A weight of 4-bit codes in the order of `few_rows_product`; all tensors contiguous and on one device.
+
+    A block of inputs is 4 stripes of P inputs each. Halfword p of a block and a column has input p of each stripe, that
+    of stripe i in bits 4i to 4i + 3.
+    """
+
+    halves_HN: torch.Tensor
+    """int16."""
+    grids_GN: torch.Tensor
+    """int32: an fp16 scale, and above its bits the zero point. Fewer bits would not be loaded asynchronously."""
+    stripe: int
+    """P."""
+    rows_K: torch.Tensor | None
+    """As in `PackedWeight`."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(N, K)."""
+        return self.halves_HN.shape[1], STRIPES * self.halves_HN.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.halves_HN.device
+
+    @property
+    def group_size(self) -> int:
+        """S."""
+        return self.shape[1] // len(self.grids_GN)
 
 
 class Arrivals:
@@ -74,31 +106,75 @@ class Arrivals:
 
 
 def takes(weight: PackedWeight) -> bool:
-    """Whether `few_rows_product` reads the codes of this weight by a kernel on a GPU."""
-    return triton is not None and weight.bits == BITS and weight.group_size % CODES == 0
+    """Whether `striped` has an order for the codes of this weight, and Triton is there to multiply with it."""
+    return triton is not None and weight.bits == BITS and _stripe(weight) is not None
+
+
+def striped(weight: PackedWeight) -> StripedWeight:
+    """The same weight in the other order; `takes` must hold for it."""
+    stripe = _stripe(weight)
+    assert weight.bits == BITS and stripe is not None
+    codes_KN = unpack_rows(weight.qweight_WN, BITS)
+    blocks = codes_KN.view(-1, STRIPES, stripe, codes_KN.shape[1])
+    halves = torch.zeros_like(blocks[:, 0], dtype=torch.int32)
+    for index in range(STRIPES):
+        halves |= blocks[:, index].to(torch.int32) << BITS * index
+    scales_GN = weight.scales_GN.to(torch.float16).view(torch.int16).to(torch.int32) & 0xFFFF
+    grids_GN = weight.zeros_GN.to(torch.int32) << 16 | scales_GN
+    return StripedWeight(halves.flatten(0, 1).to(torch.int16), grids_GN, stripe, weight.rows_K)
+
+
+def _stripe(weight: PackedWeight) -> int | None:
+    """Inputs of a stripe: each is of one group, and blocks are whole."""
+    for stripe in (32, 16):
+        whole = weight.inputs % (STRIPES * stripe) == 0
+        size = weight.group_size
+        if whole and (size % (STRIPES * stripe) == 0 or size in (stripe, 2 * stripe)):
+            return stripe
+    return None
 
 
 def few_rows_product(
     x_MK: torch.Tensor,
-    weight: PackedWeight,
+    weight: StripedWeight,
     added: torch.Tensor | None,
     arrivals: Arrivals,
-    tiles: Tiles | None = None,
+    tiles: Tiles = TILES,
 ) -> torch.Tensor:
-    """y [M, N] in the dtype of x, fp16 or bf16, for at most `MOST_ROWS` rows of a weight that `takes` takes.
+    """y [M, N] in the dtype of x, fp16 or bf16, for at most `MOST_ROWS` rows; sums are in fp32.
 
     added: [N] or [M, N], such as a bias or a residual stream; it is added before y is rounded.
     """
     if weight.rows_K is not None:
         x_MK = x_MK.index_select(1, weight.rows_K)
-    if tiles is None:
-        tiles = ONE_ROW if len(x_MK) == 1 else FEW_ROWS
     return _launch(x_MK.contiguous(), weight, None if added is None else added.contiguous(), arrivals, tiles)
 
 
-def reference(x_MK: torch.Tensor, weight: PackedWeight, added: torch.Tensor | None) -> torch.Tensor:
-    """The same in plain PyTorch, with weights and sums in fp32."""
-    y_MN = x_MK.float() @ dequantize(weight, None, torch.float32)
+def dequantized(weight: StripedWeight, dtype: torch.dtype) -> torch.Tensor:
+    """W [K, N] in `dtype`, rounded once from the exact product of codes and scales."""
+    outputs, inputs = weight.shape
+    w_KN = torch.empty(inputs, outputs, dtype=dtype, device=weight.device)
+    if triton is not None and weight.halves_HN.is_cuda:
+        columns = 128
+        _dequantize_kernel[(triton.cdiv(outputs, columns), len(weight.halves_HN) // weight.stripe)](
+            weight.halves_HN, weight.grids_GN, w_KN, outputs, weight.group_size,
+            STRIPE=weight.stripe, COLUMNS=columns, num_warps=4,
+        )  # fmt: skip
+    else:
+        halves = weight.halves_HN.view(-1, 1, weight.stripe, outputs)
+        shifts = BITS * torch.arange(STRIPES, device=weight.device, dtype=torch.int16)
+        codes_KN = ((halves >> shifts[:, None, None]) & 2**BITS - 1).view(inputs, outputs)
+        scales_GN = weight.grids_GN.to(torch.int16).view(torch.float16).float()
+        steps_GSN = codes_KN.view(len(scales_GN), -1, outputs) - (weight.grids_GN >> 16)[:, None]
+        w_KN.copy_((steps_GSN * scales_GN[:, None]).flatten(0, 1))
+    if weight.rows_K is None:
+        return w_KN
+    return torch.empty_like(w_KN).index_copy_(0, weight.rows_K.long(), w_KN)
+
+
+def reference(x_MK: torch.Tensor, weight: StripedWeight, added: torch.Tensor | None) -> torch.Tensor:
+    """What `few_rows_product` gives, in plain PyTorch, with weights and sums in fp32."""
+    y_MN = x_MK.float() @ dequantized(weight, torch.float32)
     return (y_MN if added is None else y_MN + added.float()).to(x_MK.dtype)
 
 
@@ -115,35 +191,30 @@ def gated_halves(both_M2F: torch.Tensor, silu: bool) -> torch.Tensor:
     return out_MF
 
 
-def split_of(tiles: Tiles, inputs: int, outputs: int, processors: int) -> tuple[int, int]:
-    """(programs that share an output's inputs, words of each)."""
-    steps = triton.cdiv(inputs, CODES * tiles.words)
-    blocks = triton.cdiv(outputs, tiles.columns)
-    wanted = min(steps, max(1, triton.cdiv(tiles.per_processor * processors, blocks)))
-    each = triton.cdiv(steps, wanted)
-    return triton.cdiv(steps, each), each * tiles.words
-
-
 def _launch(
-    x_MK: torch.Tensor, weight: PackedWeight, added: torch.Tensor | None, arrivals: Arrivals, tiles: Tiles
+    x_MK: torch.Tensor, weight: StripedWeight, added: torch.Tensor | None, arrivals: Arrivals, tiles: Tiles
 ) -> torch.Tensor:
-    (rows, inputs), outputs = x_MK.shape, weight.shape[0]
-    split, each = split_of(tiles, inputs, outputs, _processors(x_MK.device))
+    rows, (outputs, inputs) = len(x_MK), weight.shape
+    block = STRIPES * weight.stripe
+    parts, each = _split(tiles, inputs // block, outputs, _processors(x_MK.device))
     y_MN = torch.empty(rows, outputs, dtype=x_MK.dtype, device=x_MK.device)
-    sums = torch.empty(split, rows, outputs, dtype=torch.float32, device=x_MK.device) if split > 1 else y_MN
-    kernel = _one_row_kernel if rows == 1 else _few_rows_kernel
-    own = {"BF16": x_MK.dtype == torch.bfloat16} if rows == 1 else {"ROOM": max(16, triton.next_power_of_2(rows))}
-    words_of_group = weight.group_size // CODES
-    # Of one row, inputs come in pairs.
-    x = x_MK.view(torch.int32) if rows == 1 else x_MK
-    kernel[(triton.cdiv(outputs, tiles.columns), split)](
-        x, weight.qweight_WN, weight.zeros_GN, weight.scales_GN, y_MN if added is None else added,
-        y_MN, sums, arrivals.counters, rows, inputs // CODES, outputs, each, words_of_group, ONE_IN_FLOAT,
-        ONE_GROUP=words_of_group % tiles.words == 0, ADDED=0 if added is None else added.ndim, SPLIT=split,
-        SPLIT_UP=triton.next_power_of_2(split), WORDS=tiles.words, COLUMNS=tiles.columns, num_warps=tiles.warps,
-        **own,
+    sums = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x_MK.device) if parts > 1 else y_MN
+    _few_rows_kernel[(triton.cdiv(outputs, tiles.columns), parts)](
+        x_MK, weight.halves_HN, weight.grids_GN, y_MN if added is None else added,
+        y_MN, sums, arrivals.counters, rows, inputs, outputs, each, BLOCKS=max(1, weight.group_size // block),
+        BF16=x_MK.dtype == torch.bfloat16, STRIPE=weight.stripe, GROUPS=max(1, block // weight.group_size),
+        WHOLE=outputs % tiles.columns == 0, ADDED=0 if added is None else added.ndim, PARTS=parts,
+        ROOM=max(LEAST_ROOM, triton.next_power_of_2(rows)), COLUMNS=tiles.columns, STAGES=tiles.stages,
+        num_warps=tiles.warps,
     )  # fmt: skip
     return y_MN
+
+
+def _split(tiles: Tiles, blocks: int, outputs: int, processors: int) -> tuple[int, int]:
+    """(programs that share an output's inputs, blocks of each)."""
+    wanted = triton.cdiv(tiles.per_processor * processors, triton.cdiv(outputs, tiles.columns))
+    each = triton.cdiv(blocks, min(blocks, max(1, min(MOST_PARTS, wanted))))
+    return triton.cdiv(blocks, each), each
 
 
 def _processors(device: torch.device) -> int:
@@ -151,52 +222,19 @@ def _processors(device: torch.device) -> int:
 
 
 if triton is not None:
+    _INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
     @triton.jit
-    def _load_words(qweight_ptr, word, words, column, outputs):
-        """int32 [words, columns], zeros outside."""
-        at = word.to(tl.int64)[:, None] * outputs + column[None, :]
-        return tl.load(qweight_ptr + at, mask=(word < words)[:, None] & (column < outputs)[None, :], other=0)
-
-    @triton.jit
-    def _load_scale(
-        scales_ptr, zeros_ptr, word, words, column, outputs, words_of_group, first, ONE_GROUP: tl.constexpr
-    ):
-        """(scale, zero) in fp32: [1, columns] where a tile is of one group, else [words, columns]."""
-        if ONE_GROUP:
-            at = ((first // words_of_group).to(tl.int64) * outputs + column)[None, :]
-            inside = (column < outputs)[None, :]
-        else:
-            at = (word // words_of_group).to(tl.int64)[:, None] * outputs + column[None, :]
-            inside = (word < words)[:, None] & (column < outputs)[None, :]
-        scale = tl.load(scales_ptr + at, mask=inside, other=0.0).to(tl.float32)
-        return scale, tl.load(zeros_ptr + at, mask=inside, other=0).to(tl.float32)
-
-    @triton.jit
-    def _beside_one(word, one, CODE: tl.constexpr):
-        """f of code CODE of each word: 1 + q·2⁻⁷ if CODE is even, else 1 + q·2⁻¹¹."""
-        PLACE: tl.constexpr = 16 if CODE % 2 == 0 else 12
-        LEFT: tl.constexpr = PLACE - 4 * CODE
-        if LEFT > 0:
-            word = word << LEFT
-        elif LEFT < 0:
-            word = word >> -LEFT  # with the sign, which the mask drops
-        return ((word & (15 << PLACE)) | one).to(tl.float32, bitcast=True)
-
-    @triton.jit
-    def _weight(word, one, scale, zero, CODE: tl.constexpr):
-        """What code CODE of each word stands for, in fp32 and exact."""
-        RISE: tl.constexpr = 128.0 if CODE % 2 == 0 else 2048.0
-        return _beside_one(word, one, CODE) * (scale * RISE) - scale * (zero + RISE)
-
-    @triton.jit
-    def _load_pair(x_ptr, at, mask, BF16: tl.constexpr):
-        """Two neighbouring inputs of a row, in fp32."""
-        pair = tl.load(x_ptr + at, mask=mask, other=0)
-        if BF16:
-            return (pair << 16).to(tl.float32, bitcast=True), (pair & -65536).to(tl.float32, bitcast=True)
-        low = pair.to(tl.int16).to(tl.float16, bitcast=True)
-        return low.to(tl.float32), (pair >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    def _beside_power(halves, BF16: tl.constexpr, STRIPE_INDEX: tl.constexpr):
+        """int16: the bits of 128 + q in bf16, or of 1024 + q in fp16, for code STRIPE_INDEX of each halfword."""
+        if _INTERPRETED:  # which knows no assembly
+            return ((halves >> 4 * STRIPE_INDEX) & 15) | (0x4300 if BF16 else 0x6400)
+        POWER: tl.constexpr = "0x43004300" if BF16 else "0x64006400"
+        SHIFT: tl.constexpr = f"shr.u32 t, $1, {4 * STRIPE_INDEX}; "
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; " + SHIFT + "lop3.b32 $0, t, 0x000f000f, " + POWER + ", 0xea; }",
+            "=r,r", [halves], dtype=tl.int16, is_pure=True, pack=2,
+        )  # fmt: skip
 
     @triton.jit
     def _load_added(added_ptr, at, column, inside, DIMENSIONS: tl.constexpr):
@@ -204,102 +242,75 @@ if triton is not None:
         return tl.load(added_ptr + place, mask=inside, other=0.0).to(tl.float32)
 
     @triton.jit
-    def _one_row_kernel(
-        x_ptr, qweight_ptr, zeros_ptr, scales_ptr, added_ptr, y_ptr, sums_ptr, arrivals_ptr,
-        rows, words, outputs, each, words_of_group, one,
-        ONE_GROUP: tl.constexpr, ADDED: tl.constexpr, SPLIT: tl.constexpr, SPLIT_UP: tl.constexpr,
-        WORDS: tl.constexpr, COLUMNS: tl.constexpr, BF16: tl.constexpr,
-    ):  # fmt: skip
-        """One program: COLUMNS outputs of `each` words of inputs."""
-        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-        begin = tl.program_id(1) * each
-        end = tl.minimum(begin + each, words)
-        word = begin + tl.arange(0, WORDS)
-        packed = _load_words(qweight_ptr, word, end, column, outputs)
-        total = tl.zeros((WORDS, COLUMNS), tl.float32)
-        for first in range(begin, end, WORDS):
-            word = first + tl.arange(0, WORDS)
-            ahead = _load_words(qweight_ptr, word + WORDS, end, column, outputs)
-            scale, zero = _load_scale(
-                scales_ptr, zeros_ptr, word, end, column, outputs, words_of_group, first, ONE_GROUP
-            )
-            even, odd = tl.zeros((WORDS, COLUMNS), tl.float32), tl.zeros((WORDS, COLUMNS), tl.float32)
-            x_even, x_odd = tl.zeros((WORDS,), tl.float32), tl.zeros((WORDS,), tl.float32)
-            for pair in tl.static_range(4):
-                low, high = _load_pair(x_ptr, word * 4 + pair, word < end, BF16)
-                even += low[:, None] * _beside_one(packed, one, 2 * pair)
-                odd += high[:, None] * _beside_one(packed, one, 2 * pair + 1)
-                x_even += low
-                x_odd += high
-            x_part = x_even[:, None] * (128.0 + zero) + x_odd[:, None] * (2048.0 + zero)
-            total += scale * (128.0 * even + 2048.0 * odd - x_part)
-            packed = ahead
-        sum_N = tl.sum(total, axis=0)
-        inside = column < outputs
-        if SPLIT == 1:
-            if ADDED > 0:
-                sum_N += tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
-            tl.store(y_ptr + column, sum_N.to(y_ptr.dtype.element_ty), mask=inside)
-        else:
-            tl.store(sums_ptr + tl.program_id(1) * outputs + column, sum_N, mask=inside)
-            tl.debug_barrier()  # every thread's sums are stored before one says so
-            arrived = tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel")
-            if arrived == SPLIT - 1:
-                part = tl.arange(0, SPLIT_UP)[:, None]
-                at = part * outputs + column[None, :]
-                mask = (part < SPLIT) & inside[None, :]
-                sum_N = tl.sum(tl.load(sums_ptr + at, mask=mask, other=0.0, cache_modifier=".cg"), axis=0)
-                if ADDED > 0:
-                    sum_N += tl.load(added_ptr + column, mask=inside, other=0.0).to(tl.float32)
-                tl.store(y_ptr + column, sum_N.to(y_ptr.dtype.element_ty), mask=inside)
-                tl.store(arrivals_ptr + tl.program_id(0), 0)
-
-    @triton.jit
     def _few_rows_kernel(
-        x_ptr, qweight_ptr, zeros_ptr, scales_ptr, added_ptr, y_ptr, sums_ptr, arrivals_ptr,
-        rows, words, outputs, each, words_of_group, one,
-        ONE_GROUP: tl.constexpr, ADDED: tl.constexpr, SPLIT: tl.constexpr, SPLIT_UP: tl.constexpr,
-        WORDS: tl.constexpr, COLUMNS: tl.constexpr, ROOM: tl.constexpr,
+        x_ptr, halves_ptr, grids_ptr, added_ptr, y_ptr, sums_ptr, arrivals_ptr,
+        rows, inputs, outputs, each, BLOCKS: tl.constexpr,
+        BF16: tl.constexpr, STRIPE: tl.constexpr, GROUPS: tl.constexpr, WHOLE: tl.constexpr, ADDED: tl.constexpr,
+        PARTS: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
     ):  # fmt: skip
-        """One program: COLUMNS outputs of all rows, for `each` words of inputs."""
+        """One program: COLUMNS outputs of all rows, for `each` blocks of inputs.
+
+        A group has BLOCKS blocks or a block has GROUPS groups; one of both is 1.
+        """
         column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+        inside_N = column < (tl.cdiv(outputs, COLUMNS) * COLUMNS if WHOLE else outputs)
         begin = tl.program_id(1) * each
-        end = tl.minimum(begin + each, words)
-        row = tl.arange(0, ROOM)
-        packed = _load_words(qweight_ptr, begin + tl.arange(0, WORDS), end, column, outputs)
+        end = tl.minimum(begin + each, inputs // (4 * STRIPE))
+        row, place = tl.arange(0, ROOM), tl.arange(0, STRIPE)
+        x_place = x_ptr + row[:, None] * inputs + place[None, :]
+        half_place = halves_ptr + place[:, None] * outputs + column[None, :]
+        inside_M = (row < rows)[:, None]
         total = tl.zeros((ROOM, COLUMNS), tl.float32)
-        for first in range(begin, end, WORDS):
-            word = first + tl.arange(0, WORDS)
-            ahead = _load_words(qweight_ptr, word + WORDS, end, column, outputs)
-            scale, zero = _load_scale(
-                scales_ptr, zeros_ptr, word, end, column, outputs, words_of_group, first, ONE_GROUP
-            )
-            inside_x = (row < rows)[:, None] & (word < end)[None, :]
-            for i in tl.static_range(8):
-                at = row[:, None] * (words * 8) + word[None, :] * 8 + i
-                x = tl.load(x_ptr + at, mask=inside_x, other=0.0)
-                total = tl.dot(x, _weight(packed, one, scale, zero, i).to(x.dtype), total)
-            packed = ahead
+        for block in tl.range(begin, end, num_stages=STAGES):
+            halves = tl.load(half_place + block * STRIPE * outputs, mask=inside_N[None, :], other=0)
+            for group_of_block in tl.static_range(GROUPS):
+                group = block // BLOCKS * GROUPS + group_of_block
+                grid = tl.load(grids_ptr + group * outputs + column, mask=inside_N, other=0)
+                scale = grid.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                zero = (grid >> 16).to(tl.int16) | (0x4300 if BF16 else 0x6400)
+                zero = zero.to(x_ptr.dtype.element_ty, bitcast=True)
+                sums = tl.zeros((ROOM, COLUMNS), tl.float32)
+                for stripe_of_group in tl.static_range(4 // GROUPS):
+                    stripe = group_of_block * (4 // GROUPS) + stripe_of_group
+                    x = tl.load(x_place + (block * 4 + stripe) * STRIPE, mask=inside_M, other=0.0)
+                    code = _beside_power(halves, BF16, group_of_block * (4 // GROUPS) + stripe_of_group)
+                    steps = code.to(x_ptr.dtype.element_ty, bitcast=True) - zero[None, :]
+                    sums = tl.dot(x, steps, sums)
+                total += sums * scale[None, :]
         at = row[:, None] * outputs + column[None, :]
-        inside = (row < rows)[:, None] & (column < outputs)[None, :]
-        if SPLIT > 1:
+        inside = inside_M & inside_N[None, :]
+        last = True
+        if PARTS > 1:
             tl.store(sums_ptr + tl.program_id(1) * rows * outputs + at, total, mask=inside)
-            tl.debug_barrier()
-            arrived = tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel")
-            if arrived == SPLIT - 1:
+            tl.debug_barrier()  # every thread's sums are stored before one says so
+            last = tl.atomic_add(arrivals_ptr + tl.program_id(0), 1, sem="acq_rel") == PARTS - 1
+            if last:
                 total = tl.zeros((ROOM, COLUMNS), tl.float32)
-                for part in range(SPLIT):
-                    total += tl.load(
-                        sums_ptr + part * rows * outputs + at, mask=inside, other=0.0, cache_modifier=".cg"
-                    )
-                if ADDED > 0:
-                    total += _load_added(added_ptr, at, column, inside, ADDED)
-                tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+                for part in tl.static_range(PARTS):
+                    of_part = sums_ptr + part * rows * outputs + at
+                    total += tl.load(of_part, mask=inside, other=0.0, cache_modifier=".cg")
                 tl.store(arrivals_ptr + tl.program_id(0), 0)
-        else:
+        if last:
             if ADDED > 0:
                 total += _load_added(added_ptr, at, column, inside, ADDED)
             tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+    @triton.jit
+    def _dequantize_kernel(
+        halves_ptr, grids_ptr, w_ptr, outputs, group_size, STRIPE: tl.constexpr, COLUMNS: tl.constexpr
+    ):
+        """One program: a block of inputs of COLUMNS outputs."""
+        column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+        block, place = tl.program_id(1), tl.arange(0, STRIPE)[:, None]
+        inside = column < outputs
+        halves = tl.load(halves_ptr + (block * STRIPE + place) * outputs + column, mask=inside, other=0)
+        for stripe in tl.static_range(4):
+            first = (block * 4 + stripe) * STRIPE
+            grid = tl.load(grids_ptr + first // group_size * outputs + column, mask=inside, other=0)
+            scale = grid.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+            weight = (((halves >> 4 * stripe) & 15).to(tl.int32) - (grid >> 16)).to(tl.float32) * scale
+            to = w_ptr + (first + place).to(tl.int64) * outputs + column
+            tl.store(to, weight.to(w_ptr.dtype.element_ty), mask=inside)
 
     @triton.jit
     def _gated_kernel(both_ptr, out_ptr, width, SILU: tl.constexpr, COLUMNS: tl.constexpr):

@@ -2,8 +2,9 @@
 
 A step of a few rows takes as long as its codes take to be read and its kernels to be launched. `speed_up` leaves both
 at little: linears read codes by `few_rows_product`; q, k and v, and gate and up, are one linear each; RMS norms, rotary
-embeddings and gates are a kernel each, and additions to the residual stream are in the kernels beside them. For
-inference alone: there is no backward, and the parts of a merged linear are no parameters of the model any more.
+embeddings, attention of one token and gates are a kernel each, and additions to the residual stream are in the kernels
+beside them. For inference alone: there is no backward, and the parts of a merged linear are no parameters of the model
+any more.
 """
 
 from __future__ import annotations
@@ -15,16 +16,28 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.activations import GELUTanh, SiLUActivation
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from qlora.kernels import gptq_gemv
-from qlora.kernels.gptq_gemv import DTYPES, MOST_ROWS, Arrivals, few_rows_product, gated_halves
+from qlora.kernels import gptq_gemv, one_token
+from qlora.kernels.gptq_gemv import (
+    DTYPES,
+    MOST_ROWS,
+    Arrivals,
+    StripedWeight,
+    dequantized,
+    few_rows_product,
+    gated_halves,
+)
 from qlora.kernels.norms import RmsNorm, fuse_rms_norms, recognized
 from qlora.kernels.packed_linear import PackedWeight, dequantize
 from qlora.models.packed_module import PackedLinear
 from qlora.models.rotary_functions import replace_rotary
 from qlora.quantization.modules import decoder_layers
 
+ATTENTION = "qlora_decoding"
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 NORMS = "input_layernorm", "post_attention_layernorm"
 PARTS = {*NORMS, "self_attn", "mlp"}
@@ -39,21 +52,25 @@ class DecodingLinear(nn.Module):
 
     def __init__(self, weight: PackedWeight, bias: torch.Tensor | None, arrivals: Arrivals) -> None:
         super().__init__()
-        self.weight_of_codes, self.bias_of_codes, self._arrivals = weight, bias, arrivals
         self.out_features, self.in_features = weight.shape
-        self._has_kernel = gptq_gemv.takes(weight) and weight.device.type == "cuda"
+        has_kernel = gptq_gemv.takes(weight) and weight.device.type == "cuda"
+        self.weight_of_codes: PackedWeight | StripedWeight = gptq_gemv.striped(weight) if has_kernel else weight
+        self.bias_of_codes, self._arrivals = bias, arrivals
 
     def forward(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """[..., K] → [..., N]; residual: [..., N] that is added."""
-        x_MK = x.reshape(-1, self.in_features)
-        if self._has_kernel and len(x_MK) <= MOST_ROWS and x.dtype in DTYPES:
+        x_MK, weight = x.reshape(-1, self.in_features), self.weight_of_codes
+        if isinstance(weight, PackedWeight):
+            w_KN = dequantize(weight, None, x.dtype)
+        elif len(x_MK) > MOST_ROWS or x.dtype not in DTYPES:
+            w_KN = dequantized(weight, x.dtype)
+        else:
             added = self.bias_of_codes
             if residual is not None:
                 added = residual.reshape(-1, self.out_features)
                 added = added if self.bias_of_codes is None else added + self.bias_of_codes
-            y_MN = few_rows_product(x_MK, self.weight_of_codes, added, self._arrivals)
-            return y_MN.view(*x.shape[:-1], self.out_features)
-        y = (x_MK @ dequantize(self.weight_of_codes, None, x.dtype)).view(*x.shape[:-1], self.out_features)
+            return few_rows_product(x_MK, weight, added, self._arrivals).view(*x.shape[:-1], self.out_features)
+        y = (x_MK @ w_KN).view(*x.shape[:-1], self.out_features)
         y = y if self.bias_of_codes is None else y + self.bias_of_codes.to(y.dtype)
         return y if residual is None else residual + y
 
@@ -107,12 +124,35 @@ def speed_up(model: Any) -> int:
         if type(module) is PackedLinear:
             model.set_submodule(name, DecodingLinear(module.packed, module.bias, arrivals))
             count += 1
-    fuse_rms_norms(model, device=next(model.parameters()).device.type)
+    fuse_rms_norms(model, device=next(model.parameters()).device.type, learns=False)
     replace_rotary(model, lambda query, key: True)
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        model.set_attn_implementation(ATTENTION)
     for block in list(model.modules()):
         _fuse_block(block, model.dtype)
     _fuse_layers(model)
     return count
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """[B, H, T, D] → [B, T, H, D]: one token a row by this package's kernel, all else as in transformers' sdpa."""
+    others = {name: kwargs.get(name) for name in ("softcap", "position_bias", "cache", "s_aux")}
+    plain = not kwargs.get("dropout") and all(each is None for each in others.values())
+    if plain and one_token.takes(query, key, attention_mask):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        return one_token.attend(query, key, value, attention_mask, scale), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
 
 
 def _arrivals(model: nn.Module) -> Arrivals:

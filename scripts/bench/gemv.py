@@ -15,7 +15,15 @@ from itertools import product
 
 import torch
 
-from qlora.kernels.gptq_gemv import FEW_ROWS, ONE_ROW, Arrivals, Tiles, few_rows_product, reference
+from qlora.kernels.gptq_gemv import (
+    TILES,
+    Arrivals,
+    StripedWeight,
+    Tiles,
+    few_rows_product,
+    reference,
+    striped,
+)
 from qlora.kernels.packed_linear import PackedWeight
 
 SHAPES = "4096x12288,4096x4096,4096x22016,11008x4096"
@@ -29,12 +37,12 @@ def main() -> None:
     options = parse()
     print("| shape | rows | kernel | µs | GB/s |\n| --- | --- | --- | ---: | ---: |")
     for inputs, outputs in options.shapes:
-        packed_bytes = inputs * outputs * (0.5 + 3 / GROUP)
-        weights = [packed(inputs, outputs, seed) for seed in range(max(2, round(CACHES / packed_bytes)))]
+        packed_bytes = inputs * outputs * (0.5 + 4 / GROUP)
+        weights = [striped(packed(inputs, outputs, seed)) for seed in range(max(2, round(CACHES / packed_bytes)))]
         for rows in options.rows:
             x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
             found = {}
-            for tiles in candidates(rows, options.tiles):
+            for tiles in candidates(options.tiles):
                 found[describe(tiles)] = ours(x, weights, tiles)
             for name, seconds in sorted(found.items(), key=lambda item: item[1]):
                 show(inputs, outputs, rows, name, seconds, packed_bytes)
@@ -42,20 +50,19 @@ def main() -> None:
             show(inputs, outputs, rows, "cuBLAS bf16", dense(x, outputs), 2.0 * inputs * outputs)
 
 
-def candidates(rows: int, which: str) -> list[Tiles]:
-    default = ONE_ROW if rows == 1 else FEW_ROWS
+def candidates(which: str) -> list[Tiles]:
     if which == "default":
-        return [default]
-    shapes = [(64, 4), (128, 8), (256, 16)] if rows == 1 else [(32, 2), (32, 4), (64, 2), (64, 4), (128, 4), (128, 8)]
-    every = (2, 4, 6, 8, 12) if rows == 1 else (2, 4, 8)
-    return [Tiles(16, columns, warps, each) for (columns, warps), each in product(shapes, every)]
+        return [TILES]
+    shapes = [(64, 4), (128, 4), (128, 8), (256, 8)]
+    return [Tiles(*shape, stages, each) for shape, stages, each in product(shapes, (3, 4, 5), (2, 3, 4, 6, 8, 12))]
 
 
 def describe(tiles: Tiles) -> str:
-    return f"qlora {tiles.columns} columns, {tiles.warps} warps, {tiles.per_processor} a processor"
+    shape = f"{tiles.columns} columns, {tiles.warps} warps, {tiles.stages} stages"
+    return f"qlora {shape}, {tiles.per_processor} a processor"
 
 
-def ours(x: torch.Tensor, weights: list[PackedWeight], tiles: Tiles) -> float:
+def ours(x: torch.Tensor, weights: list[StripedWeight], tiles: Tiles) -> float:
     arrivals = Arrivals(weights[0].shape[0], x.device)
     try:
         error = few_rows_product(x, weights[0], None, arrivals, tiles).float() - reference(x, weights[0], None).float()
