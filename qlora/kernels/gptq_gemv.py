@@ -58,8 +58,10 @@ class Tiles:
     """Programs that there should be for each multiprocessor; inputs are split to have them."""
 
 
-TILES = Tiles(columns=128, warps=4, stages=3, per_processor=3)
-"""The fastest of those that scripts/bench/gemv.py tries, on an H200, for one row and for 32."""
+# The fastest of those that scripts/bench/gemv.py tries, on an H200.
+FEW_ROWS = Tiles(columns=64, warps=2, stages=3, per_processor=6)
+MORE_ROWS = Tiles(columns=64, warps=2, stages=3, per_processor=3)
+"""Of more than `LEAST_ROOM`."""
 GATED_COLUMNS = 512
 
 
@@ -139,7 +141,7 @@ def few_rows_product(
     weight: StripedWeight,
     added: torch.Tensor | None,
     arrivals: Arrivals,
-    tiles: Tiles = TILES,
+    tiles: Tiles | None = None,
 ) -> torch.Tensor:
     """y [M, N] in the dtype of x, fp16 or bf16, for at most `MOST_ROWS` rows; sums are in fp32.
 
@@ -147,6 +149,8 @@ def few_rows_product(
     """
     if weight.rows_K is not None:
         x_MK = x_MK.index_select(1, weight.rows_K)
+    if tiles is None:
+        tiles = FEW_ROWS if len(x_MK) <= LEAST_ROOM else MORE_ROWS
     return _launch(x_MK.contiguous(), weight, None if added is None else added.contiguous(), arrivals, tiles)
 
 

@@ -4,7 +4,8 @@
 
 The slots of a cache are split over programs, each with its own maximum, sum of exponentials and sum of values, and the
 last program to arrive puts these together (Dao et al. 2023, "Flash-Decoding for long-context inference"). Heads that
-share keys are rows of one product. Tiles of slots that the mask hides are not read: a cache is longer than its text.
+share keys are rows of one product. Slots before the first and behind the last that the mask shows are not read: a cache
+is longer than its text.
 
 Shapes: B rows, H heads, G heads of keys, R = H / G, S slots, D width of a head.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -23,15 +25,29 @@ except ImportError:  # CPU builds of torch come without Triton
     triton = None
 
 DTYPES = (torch.float16, torch.bfloat16)
-TILE = 64
-"""Slots that a program holds at a time."""
 LEAST_ROOM = 16
 """Rows of a tensor core's product."""
 WIDEST = 256
 MOST_PARTS = 32
-PER_PROCESSOR = 4
-"""Programs that there should be for each multiprocessor; slots are split to have them."""
+LOOK = 1024
+"""Slots of a mask that are looked at together."""
 MOST_COUNTERS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """How attention is cut up."""
+
+    slots: int
+    """That a program holds at a time."""
+    stages: int
+    """Of these that are under way from memory or being multiplied."""
+    per_processor: int
+    """Programs that there should be for each multiprocessor; slots are split to have them."""
+
+
+TILES = Tiles(slots=64, stages=2, per_processor=8)
+"""The fastest of those that scripts/bench/one_token.py tries, on an H200."""
 
 
 def takes(query_BH1D: torch.Tensor, key_BGSD: torch.Tensor, mask: torch.Tensor | None) -> bool:
@@ -57,7 +73,7 @@ def attend(
     value_BGSD: torch.Tensor,
     mask: torch.Tensor | None,
     scale: float,
-    per_processor: int = PER_PROCESSOR,
+    cut: Tiles = TILES,
 ) -> torch.Tensor:
     """o [B, 1, H, D] in the dtype of the query, from sums in fp32; for what `takes` holds for.
 
@@ -65,22 +81,23 @@ def attend(
     calls of a device, which therefore run one after the other, on one stream.
     """
     (rows, heads, _, width), (groups, slots) = query_BH1D.shape, key_BGSD.shape[1:3]
-    tiles = triton.cdiv(slots, TILE)
-    wanted = triton.cdiv(per_processor * _processors(query_BH1D.device), rows * groups)
+    tiles = triton.cdiv(slots, cut.slots)
+    wanted = triton.cdiv(cut.per_processor * _processors(query_BH1D.device), rows * groups)
     each = triton.cdiv(tiles, min(tiles, MOST_PARTS, wanted))
     parts = triton.cdiv(tiles, each)
     out = torch.empty(rows, 1, heads, width, dtype=query_BH1D.dtype, device=query_BH1D.device)
     room = max(LEAST_ROOM, triton.next_power_of_2(heads // groups))
     wide = triton.next_power_of_2(max(16, width))
     sums = torch.empty(parts, rows * heads, wide + 2, dtype=torch.float32, device=out.device) if parts > 1 else out
+    look = min(LOOK, triton.next_power_of_2(each * cut.slots))
     kind = 0 if mask is None else 1 if mask.dtype == torch.bool else 2
     by_row = mask.stride(0) if mask is not None and len(mask) > 1 else 0
     _attend_kernel[(parts, rows * groups)](
         query_BH1D, key_BGSD, value_BGSD, query_BH1D if mask is None else mask, out, sums, _counters(out.device),
-        scale * math.log2(math.e), slots, each * TILE, rows * heads,
+        scale * math.log2(math.e), slots, each * cut.slots, rows * heads,
         *query_BH1D.stride()[:2], *key_BGSD.stride()[:3], *value_BGSD.stride()[:3], by_row,
-        MASK=kind, GROUPS=groups, SHARED=heads // groups, ROOM=room, WIDTH=width, WIDE=wide, TILE=TILE,
-        PARTS=parts, PARTS_UP=triton.next_power_of_2(parts), num_warps=4,
+        MASK=kind, GROUPS=groups, SHARED=heads // groups, ROOM=room, WIDTH=width, WIDE=wide, LOOK=look,
+        TILE=cut.slots, STAGES=cut.stages, PARTS=parts, PARTS_UP=triton.next_power_of_2(parts), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -134,11 +151,22 @@ def _processors(device: torch.device) -> int:
 if triton is not None:
 
     @triton.jit
+    def _bias(mask_ptr, slot, end, MASK: tl.constexpr):
+        """What is added to scores, for powers of two. MASK: 0 for none, 1 for booleans, 2 for numbers."""
+        bias = tl.where(slot < end, 0.0, float("-inf"))
+        if MASK == 1:
+            bias = tl.where(tl.load(mask_ptr + slot, mask=slot < end, other=0) != 0, bias, float("-inf"))
+        if MASK == 2:
+            bias += tl.load(mask_ptr + slot, mask=slot < end, other=0.0).to(tl.float32) * 1.4426950408889634
+        return bias
+
+    @triton.jit
     def _attend_kernel(
         q_ptr, k_ptr, v_ptr, mask_ptr, out_ptr, sums_ptr, arrivals_ptr, scale, slots, each, all_heads,
         q_row, q_head, k_row, k_head, k_slot, v_row, v_head, v_slot, mask_row,
         MASK: tl.constexpr, GROUPS: tl.constexpr, SHARED: tl.constexpr, ROOM: tl.constexpr, WIDTH: tl.constexpr,
-        WIDE: tl.constexpr, TILE: tl.constexpr, PARTS: tl.constexpr, PARTS_UP: tl.constexpr,
+        WIDE: tl.constexpr, LOOK: tl.constexpr, TILE: tl.constexpr, STAGES: tl.constexpr, PARTS: tl.constexpr,
+        PARTS_UP: tl.constexpr,
     ):  # fmt: skip
         """One program: `each` slots of the heads that share keys. `scale` is for powers of two."""
         part = tl.program_id(0)
@@ -152,28 +180,31 @@ if triton is not None:
         total = tl.zeros((ROOM, WIDE), tl.float32)
         begin = part * each
         end = tl.minimum(begin + each, slots)
-        for first in range(begin, end, TILE):
+        mask_ptr += row * mask_row
+        if MASK > 0:
+            seen_first, seen_last = end, begin - 1
+            for first in range(begin, end, LOOK):
+                slot = first + tl.arange(0, LOOK)
+                seen = _bias(mask_ptr, slot, end, MASK) > float("-inf")
+                seen_first = tl.minimum(seen_first, tl.min(tl.where(seen, slot, end), axis=0))
+                seen_last = tl.maximum(seen_last, tl.max(tl.where(seen, slot, begin - 1), axis=0))
+            begin += (seen_first - begin) // TILE * TILE
+            end = seen_last + 1
+        k_place = k_ptr + row * k_row + group * k_head + at[None, :]
+        v_place = v_ptr + row * v_row + group * v_head + at[None, :]
+        for first in tl.range(begin, end, TILE, num_stages=STAGES):
             slot = first + tl.arange(0, TILE)
-            bias = tl.where(slot < end, 0.0, float("-inf"))
-            if MASK == 1:
-                seen = tl.load(mask_ptr + row * mask_row + slot, mask=slot < end, other=0)
-                bias = tl.where(seen != 0, bias, float("-inf"))
-            if MASK == 2:
-                added = tl.load(mask_ptr + row * mask_row + slot, mask=slot < end, other=0.0).to(tl.float32)
-                bias += added * 1.4426950408889634
-            if tl.max(bias, axis=0) > float("-inf"):
-                inside = (slot < end)[:, None] & in_width[None, :]
-                k_place = k_ptr + row * k_row + group * k_head + slot[:, None] * k_slot + at[None, :]
-                keys = tl.load(k_place, mask=inside, other=0.0)
-                v_place = v_ptr + row * v_row + group * v_head + slot[:, None] * v_slot + at[None, :]
-                values = tl.load(v_place, mask=inside, other=0.0)
-                scores = tl.dot(query, tl.trans(keys)) * scale + bias[None, :]
-                higher = tl.maximum(top, tl.max(scores, axis=1))
-                weights = tl.exp2(scores - higher[:, None])
-                kept = tl.exp2(top - higher)
-                bottom = bottom * kept + tl.sum(weights, axis=1)
-                total = tl.dot(weights.to(values.dtype), values, total * kept[:, None])
-                top = higher
+            inside = (slot < end)[:, None] & in_width[None, :]
+            keys = tl.load(k_place + slot[:, None] * k_slot, mask=inside, other=0.0)
+            values = tl.load(v_place + slot[:, None] * v_slot, mask=inside, other=0.0)
+            scores = tl.dot(query, tl.trans(keys)) * scale + _bias(mask_ptr, slot, end, MASK)[None, :]
+            higher = tl.maximum(top, tl.max(scores, axis=1))
+            base = tl.where(higher > float("-inf"), higher, 0.0)  # of a tile that the mask hides whole
+            weights = tl.exp2(scores - base[:, None])
+            kept = tl.exp2(top - base)
+            bottom = bottom * kept + tl.sum(weights, axis=1)
+            total = tl.dot(weights.to(values.dtype), values, total * kept[:, None])
+            top = higher
         out_place = out_ptr + (row * GROUPS * SHARED + head[:, None]) * WIDTH + at[None, :]
         inside_out = is_head[:, None] & in_width[None, :]
         if PARTS == 1:

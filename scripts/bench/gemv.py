@@ -16,7 +16,9 @@ from itertools import product
 import torch
 
 from qlora.kernels.gptq_gemv import (
-    TILES,
+    FEW_ROWS,
+    LEAST_ROOM,
+    MORE_ROWS,
     Arrivals,
     StripedWeight,
     Tiles,
@@ -42,7 +44,7 @@ def main() -> None:
         for rows in options.rows:
             x = torch.randn(rows, inputs, device="cuda", dtype=torch.bfloat16)
             found = {}
-            for tiles in candidates(options.tiles):
+            for tiles in candidates(rows, options.tiles):
                 found[describe(tiles)] = ours(x, weights, tiles)
             for name, seconds in sorted(found.items(), key=lambda item: item[1]):
                 show(inputs, outputs, rows, name, seconds, packed_bytes)
@@ -50,10 +52,10 @@ def main() -> None:
             show(inputs, outputs, rows, "cuBLAS bf16", dense(x, outputs), 2.0 * inputs * outputs)
 
 
-def candidates(which: str) -> list[Tiles]:
+def candidates(rows: int, which: str) -> list[Tiles]:
     if which == "default":
-        return [TILES]
-    shapes = [(64, 4), (128, 4), (128, 8), (256, 8)]
+        return [FEW_ROWS if rows <= LEAST_ROOM else MORE_ROWS]
+    shapes = [(64, 2), (64, 4), (128, 4), (128, 8), (256, 8)]
     return [Tiles(*shape, stages, each) for shape, stages, each in product(shapes, (3, 4, 5), (2, 3, 4, 6, 8, 12))]
 
 

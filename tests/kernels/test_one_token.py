@@ -11,8 +11,7 @@ import os
 import pytest
 import torch
 
-from qlora.kernels import one_token
-from qlora.kernels.one_token import append, attend, reference, takes
+from qlora.kernels.one_token import TILES, Tiles, append, attend, reference, takes
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
@@ -44,6 +43,8 @@ def mask_of(kind, rows, slots, device, dtype):
     seen = torch.arange(slots)[None] < (slots // 3 + 1 + torch.arange(rows)[:, None])
     if kind == "sliding window":
         seen &= torch.arange(slots)[None] > slots // 6
+    if kind == "holes":
+        seen &= (torch.arange(slots)[None] < 3) | (torch.arange(slots)[None] > slots // 4)
     if kind == "numbers":
         return torch.zeros(1, 1, 1, slots).masked_fill(~seen[:1, None, None], -torch.inf).to(device, dtype)
     return seen[:, None, None].to(device)
@@ -51,17 +52,17 @@ def mask_of(kind, rows, slots, device, dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("mask", [None, "booleans", "sliding window", "numbers"])
-@pytest.mark.parametrize("per_processor", [1, 100])
-def test_attention_is_that_of_fp32(device, shape, mask, per_processor):
+@pytest.mark.parametrize("mask", [None, "booleans", "sliding window", "holes", "numbers"])
+@pytest.mark.parametrize("tiles", [TILES, Tiles(slots=16, stages=2, per_processor=100)])
+def test_attention_is_that_of_fp32(device, shape, mask, tiles):
     if device == "cpu" and shape == "a 7B model":
         pytest.skip("too much for the interpreter")
     query, keys, values = inputs(shape, device)
     given = mask_of(mask, len(query), keys.shape[2], device, query.dtype)
-    found = attend(query, keys, values, given, 0.1, per_processor)
+    found = attend(query, keys, values, given, 0.1, tiles)
     expected = reference(query.float(), keys.float(), values.float(), given, 0.1)
     torch.testing.assert_close(found.float(), expected, rtol=2e-3, atol=2e-3)
-    assert torch.equal(found, attend(query, keys, values, given, 0.1, per_processor))
+    assert torch.equal(found, attend(query, keys, values, given, 0.1, tiles))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -69,8 +70,8 @@ def test_what_the_mask_hides_is_not_read(device):
     query, keys, values = inputs("a head of keys each", device)
     given = mask_of("booleans", 1, keys.shape[2], device, query.dtype)
     expected = attend(query, keys, values, given, 0.1)
-    keys[:, :, one_token.TILE :] = torch.nan
-    values[:, :, one_token.TILE :] = torch.nan
+    keys[:, :, TILES.slots :] = torch.nan
+    values[:, :, TILES.slots :] = torch.nan
     assert torch.equal(attend(query, keys, values, given, 0.1), expected)
 
 
