@@ -1,13 +1,14 @@
-"""Decoding speed and memory of a model's shape in 16 bits, by bitsandbytes, and as GPTQ under each kernel.
+"""Decoding speed and memory of a model's shape in 16 bits, by bitsandbytes, and as GPTQ and AWQ under each kernel.
 
     python scripts/bench/decode.py --out scripts/bench/results/decode-h200 [--shape llama-2-7b] [--layers 32]
-        [--batch 1,8,32] [--prompt 128,1024] [--new 128] [--as 16bit,nf4,int8,gptq] [--kernel auto] [--work /tmp/decode]
+        [--batch 1,8,32] [--prompt 128,1024] [--new 128] [--as 16bit,nf4,int8,gptq,awq] [--kernel auto]
+        [--work /tmp/decode]
     python scripts/bench/decode.py --out /tmp/trial --shape tiny --device cpu --batch 1,2 --prompt 16 --new 8
 
-Weights are random and rounded to the nearest of 16 levels: what a code says does not change how fast it is read. Both
-checkpoints are written once to --work. Rows are measured by the code of `qlora bench`, one process for each model, and
-kept in OUT/bench.json: the same command goes on where an earlier one stopped, and tries again what failed. Prints
-where the time went and a Markdown table, which OUT/bench.md has too.
+Weights are random and rounded to the nearest of 16 levels: what a code says does not change how fast it is read, and
+AWQ has the codes of GPTQ. Checkpoints are written once to --work. Rows are measured by the code of `qlora bench`, one
+process for each model, and kept in OUT/bench.json: the same command goes on where an earlier one stopped, and tries
+again what failed. Prints where the time went and a Markdown table, which OUT/bench.md has too.
 
 gptqmodel builds the kernels of Marlin and ExLlamaV2 with nvcc at first use, minutes each: build_seconds of a row, no
 part of its load_seconds.
@@ -27,22 +28,26 @@ from safetensors.torch import save_file
 from qlora.artifacts import write_json
 from qlora.evaluation.bench import Plan, bench, machine_of, write_results
 from qlora.evaluation.bench_models import PACKED, subjects
+from qlora.models.awq_format import CODE_ORDER
 from qlora.models.gptq_format import QUANTIZE_CONFIG_NAME, GPTQFormat, pack, quantization_config
 from qlora.models.side_files import edit_config
 from qlora.reporting.bench_tables import markdown
 
 FORMAT = GPTQFormat(bits=4, group_size=128)
+AWQ_CONFIG = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     device = options.device if options.device == "cpu" else "cuda:0"
     started = time.perf_counter()
-    plain, packed = write_checkpoints(options.shape, options.layers, options.work, device)
+    checkpoints = write_checkpoints(options.shape, options.layers, options.work, device)
     print(f"checkpoints: {time.perf_counter() - started:.0f} s", flush=True)
-    of_plain = [form for form in options.forms if form not in PACKED]
-    models = subjects([plain], of_plain, [], device) if of_plain else []
-    models += subjects([packed], ["gptq"], options.kernel, device) if "gptq" in options.forms else []
+    models = [
+        model
+        for form in options.forms
+        for model in subjects([checkpoints.get(form, checkpoints["16bit"])], [form], options.kernel, device)
+    ]
     options.out.mkdir(parents=True, exist_ok=True)
     path, rows = options.out / "bench.json", []
     plan = Plan(options.batch, options.prompt, options.new, options.dtype, device, options.timeout)
@@ -58,48 +63,62 @@ def main(arguments: list[str] | None = None) -> None:
     print("\n" + markdown(rows, machine_of(rows)))
 
 
-def write_checkpoints(shape: str, layers: int | None, work: Path, device: str) -> tuple[Path, Path]:
-    """The random checkpoint in bf16 and the same as GPTQ, in `work` unless they are there; their folders."""
+def write_checkpoints(shape: str, layers: int | None, work: Path, device: str) -> dict[str, Path]:
+    """The random checkpoint in bf16 and the same as GPTQ and AWQ, in `work` unless they are there; their folders."""
     sizes = SHAPES[shape]
     layers = layers or sizes["num_hidden_layers"]
-    plain, packed = (work / f"{shape}-{layers}" / kind for kind in ("bf16", "gptq"))
-    if (plain / INDEX).is_file() and (packed / INDEX).is_file():
-        return plain, packed
-    for folder in (plain, packed):
+    folders = {form: work / f"{shape}-{layers}" / form for form in ("16bit", *PACKED)}
+    if all((folder / INDEX).is_file() for folder in folders.values()):
+        return folders
+    for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
         write_side_files(sizes, layers, folder)
-    edit_config(packed, {"quantization_config": quantization_config(FORMAT)})
-    write_json(packed / QUANTIZE_CONFIG_NAME, quantization_config(FORMAT))
-    maps: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    edit_config(folders["gptq"], {"quantization_config": quantization_config(FORMAT)})
+    write_json(folders["gptq"] / QUANTIZE_CONFIG_NAME, quantization_config(FORMAT))
+    edit_config(folders["awq"], {"quantization_config": AWQ_CONFIG})
+    maps: dict[str, dict[str, str]] = {form: {} for form in folders}
     for name, tensors in shards(sizes, layers, torch.Generator(device).manual_seed(0)):
-        for folder, own, weight_map in zip((plain, packed), (tensors, quantized(tensors)), maps, strict=True):
-            save_file({key: tensor.cpu() for key, tensor in own.items()}, folder / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(own, name)
-    write_index(plain, maps[0])
-    write_index(packed, maps[1])
-    return plain, packed
+        for form, own in {"16bit": tensors, **quantized(tensors)}.items():
+            save_file({key: each.cpu() for key, each in own.items()}, folders[form] / name, metadata={"format": "pt"})
+            maps[form] |= dict.fromkeys(own, name)
+    for form, folder in folders.items():
+        write_index(folder, maps[form])
+    return folders
 
 
-def quantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Linears of a decoder layer packed, rounded to nearest; everything else as it is."""
-    found = {}
+def quantized(tensors: dict[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
+    """As GPTQ and as AWQ: linears of a decoder layer packed, rounded to nearest; everything else as it is."""
+    found: dict[str, dict[str, torch.Tensor]] = {form: {} for form in PACKED}
     for name, tensor in tensors.items():
-        if name.endswith("_proj.weight"):
-            found |= {f"{name.removesuffix('weight')}{part}": each for part, each in packed_linear(tensor).items()}
-        else:
-            found[name] = tensor
+        parts = packed_linear(tensor) if name.endswith("_proj.weight") else {}
+        for form in PACKED:
+            prefix = name.removesuffix("weight")
+            found[form] |= {f"{prefix}{part}": each for part, each in parts[form].items()} if parts else {name: tensor}
     return found
 
 
-def packed_linear(weight_NK: torch.Tensor) -> dict[str, torch.Tensor]:
+def packed_linear(weight_NK: torch.Tensor) -> dict[str, dict[str, torch.Tensor]]:
     groups_GSN = weight_NK.float().T.unflatten(0, (-1, FORMAT.group_size))
     half = 2 ** (FORMAT.bits - 1)
     scales_GN = (groups_GSN.abs().amax(1) / (half - 0.5)).to(torch.float16)
     codes_KN = (groups_GSN / scales_GN.float()[:, None] + half).round().clamp(0, 2 * half - 1).flatten(0, 1)
+    codes_KN = codes_KN.to(torch.int32)
     group_K = torch.arange(len(codes_KN), device=codes_KN.device) // FORMAT.group_size
-    zeros_GN = torch.full(scales_GN.shape, half, device=scales_GN.device)
-    tensors = vars(pack(codes_KN.to(torch.int32), zeros_GN, scales_GN, group_K, FORMAT.bits))
-    return {name: tensor.contiguous() for name, tensor in tensors.items()}
+    zeros_GN = torch.full(scales_GN.shape, half, dtype=torch.int32, device=scales_GN.device)
+    gptq = {
+        name: tensor.contiguous()
+        for name, tensor in vars(pack(codes_KN, zeros_GN, scales_GN, group_K, FORMAT.bits)).items()
+    }
+    awq = {"qweight": awq_words(codes_KN), "qzeros": awq_words(zeros_GN), "scales": scales_GN.contiguous()}
+    return {"gptq": gptq, "awq": awq}
+
+
+def awq_words(codes_RN: torch.Tensor) -> torch.Tensor:
+    """Codes of 8 neighbouring outputs in a word, in the order of `qlora.models.awq_format`."""
+    words = torch.zeros_like(codes_RN[:, ::8])
+    for place, output in enumerate(CODE_ORDER):
+        words |= codes_RN[:, output::8] << FORMAT.bits * place
+    return words.contiguous()
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -117,7 +136,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompt", type=numbers, default="128,1024")
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--as", dest="forms", type=words, default="16bit,nf4,int8,gptq")
+    parser.add_argument("--as", dest="forms", type=words, default="16bit,nf4,int8,gptq,awq")
     parser.add_argument("--kernel", type=words, default="auto")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--work", type=Path, default=Path("/tmp/decode"), help="folder of the checkpoints")

@@ -22,6 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 FORMS = [
     ("16bit", None), ("nf4", None), ("nf4-double", None), ("int8", None),
     ("gptq", "qlora"), ("gptq", "marlin"), ("gptq", "exllamav2"), ("gptq", "triton"), ("gptq", "torch"),
+    ("awq", "qlora"), ("awq", "gptqmodel"),
 ]  # fmt: skip
 EAGER = {"int8", "exllamav2"}
 """What no graph holds: LLM.int8 asks the GPU for its outliers, ExLlamaV2 launches on a stream of its own."""
@@ -74,8 +75,7 @@ print("RESULT", json.dumps(found))
 def checkpoints(tmp_path_factory) -> dict[str, Path]:
     from decode import write_checkpoints
 
-    plain, packed = write_checkpoints("tiny", 2, tmp_path_factory.mktemp("decode"), "cuda")
-    return {"16bit": plain, "gptq": packed}
+    return write_checkpoints("tiny", 2, tmp_path_factory.mktemp("decode"), "cuda")
 
 
 @pytest.mark.parametrize(("form", "kernel"), FORMS)
