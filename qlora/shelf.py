@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from qlora.models.resources import BYTES, layer_forward_bytes
 from qlora.models.shapes import model_shapes, read_config, skeleton
 from qlora.models.tokens import TrainedTokens, trained_tokens
 from qlora.paths import RunDir
+from qlora.pipeline import out_of_date
 from qlora.recipe import Model
 from qlora.rungs import GPTQ, MERGED, learning_rungs, shipped_rungs
 from qlora.stages import Run
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from qlora.models.base import Base
 
 ADAPTER_CONFIG = "adapter_config.json"
+MADE_BY = {TRAINED: "train", MERGED: "merge", GPTQ: "quantize"}  # the stage behind a rung
 LONGEST = 8192  # tokens of a conversation that room is left for on a GPU, beside the model
 
 
@@ -66,6 +69,7 @@ class Shelf:
     rungs: each finds its rung anew, so that it sees the memory which is free by then.
     tokenizers: the directory of each one's tokenizer.
     template_options: what its chat template is given beside messages.
+    stale: of rungs that are not what their run's recipe and inputs make now, a line that says why, and what to do.
     """
 
     first: str
@@ -73,6 +77,7 @@ class Shelf:
     tokenizers: Mapping[str, Path]
     trust_remote_code: bool = False
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    stale: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, name: str) -> Loaded:
         """Raises UserError where files are missing, or the base cannot be had."""
@@ -130,7 +135,21 @@ def _of_run(facts: RunFacts, device: str, part: str | None) -> Shelf:
         raise NothingThere("no stage of this run has finished yet", str(dirs.root), "qlora run RECIPE")
     tokenizers = {name: getattr(dirs, name) if name in (MERGED, GPTQ) else dirs.adapter for name in rungs}
     first = _first(rungs, dirs, part)
-    return Shelf(first, rungs, tokenizers, trust, recipe.data.template_options)
+    return Shelf(first, rungs, tokenizers, trust, recipe.data.template_options, _stale(facts, rungs))
+
+
+def _stale(facts: RunFacts, rungs: Iterable[str]) -> dict[str, str]:
+    """As `Shelf.stale` has it."""
+    reasons, root = out_of_date(facts), facts.dirs.root
+    command = ["qlora", "run", str(facts.dirs.recipe)]
+    if facts.recipe.run_dir.resolve() != root:  # it was moved, or is relative to another folder than this one
+        command += [f"output_dir={root.parent}", f"name={root.name}"]
+    update = shlex.join(command)
+    return {
+        name: f"{name} is out of date: {reasons[stage]}; `{update}` brings it up to date"
+        for name in rungs
+        if (stage := MADE_BY.get(name)) in reasons
+    }
 
 
 def _first(rungs: Mapping[str, Any], dirs: RunDir, part: str | None) -> str:
