@@ -225,6 +225,47 @@ def test_an_adapter_away_from_its_run_needs_the_base_it_was_trained_on(
     assert "trained on other weights than other has" in err
 
 
+MODEL_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({ran!r}).touch()
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+"""
+
+
+def with_code(model: Path, target: Path, ran: Path) -> Path:
+    """A copy of a model that needs the code beside it, which leaves the file `ran` where it runs."""
+    shutil.copytree(model, target)
+    config = json.loads((target / "config.json").read_text())
+    config |= {"model_type": "odd", "architectures": ["OddForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"}
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "odd.py").write_text(MODEL_CODE.format(ran=str(ran)))
+    return target
+
+
+def test_code_that_comes_with_a_model_runs_only_where_that_is_said(run_dir, tiny_model, models, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which it is added to
+    ran, adapter = tmp_path / "ran", tmp_path / "adapter"
+    plain, base = (with_code(tiny_model, tmp_path / name, ran) for name in ("plain", "base"))
+    gptq = with_code(run_dir / "gptq", tmp_path / "packed", ran)
+    shutil.copytree(run_dir / "adapter", adapter)
+    for directory, rung, options in (
+        (plain, "base", ()), (gptq, "gptq", ()), (adapter, "trained", ("--base", base)),
+    ):  # fmt: skip
+        ran.unlink(missing_ok=True)
+        _, err = chat(monkeypatch, directory, QUESTION, code=2, options=options)
+        assert "--trust-remote-code" in err and str(directory) in err
+        assert not ran.exists()
+        out, _ = chat(monkeypatch, directory, QUESTION, options=(*options, "--trust-remote-code"))
+        answer = generated(models[rung], AutoTokenizer.from_pretrained(run_dir / "adapter"), QUESTION)
+        assert out == transcript((QUESTION, answer)) and ran.exists()
+
+
 def with_template(model: Path, target: Path, template: str | None) -> Path:
     shutil.copytree(model, target)
     tokenizer = AutoTokenizer.from_pretrained(model)
