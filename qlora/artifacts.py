@@ -209,7 +209,12 @@ class Lineage:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.stages: dict[str, dict[str, Any]] = read_json(path)["stages"] if path.is_file() else {}
+        self.stages: dict[str, dict[str, Any]] = {}
+        self.reload()
+
+    def reload(self) -> None:
+        """Read what other processes have recorded."""
+        self.stages = read_json(self.path)["stages"] if self.path.is_file() else {}
 
     def record(self, stage: str, entry: dict[str, Any]) -> None:
         self.stages[stage] = entry

@@ -178,7 +178,8 @@ class Session:
         if not name:
             for each in self.shelf.rungs:
                 mark = "*" if each == self.rung else " "
-                self.screen.note(f"{mark} {each:10}{DESCRIPTIONS.get(each, '')}".rstrip())
+                stale = " (out of date)" if each in self.shelf.stale else ""
+                self.screen.note(f"{mark} {each:10}{DESCRIPTIONS.get(each, '')}{stale}".rstrip())
         elif name not in self.shelf.rungs:
             raise UserError(f"there is no {name} here", fix=f"there is {', '.join(self.shelf.rungs)}")
         elif name != self.rung or self._loaded is None:
@@ -219,6 +220,8 @@ class Session:
         self._stops = stop_tokens(self._loaded.model, self._loaded.tokenizer) | _end_of_turn(self._loaded.tokenizer)
         label = self._loaded.label
         self.screen.note(label if label.lower().startswith(name) else f"{name}: {label}")
+        if name in self.shelf.stale:
+            self.screen.problem(self.shelf.stale[name])
         if not self._loaded.tokenizer.chat_template and not self._said_no_template:
             self._said_no_template = True
             self.screen.note("this model has no chat template: it continues your text instead of answering it")

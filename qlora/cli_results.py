@@ -47,9 +47,14 @@ def compare(runs: tuple[str, ...]) -> None:
 @click.option("--system", metavar="TEXT", help="Text before the conversation.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", help="Default: a GPU if any.")
 @click.option("--base", metavar="MODEL", help="Of an adapter away from its run, if its base is not where it was.")
+@click.option(
+    "--trust-remote-code", is_flag=True,
+    help="Run the Python code that comes with a model. Read it first. Of a run, its recipe says so.",
+)  # fmt: skip
 def chat(
-    directory: Path, temperature: float, max_tokens: int, system: str | None, device: str, base: str | None
-) -> None:
+    directory: Path, temperature: float, max_tokens: int, system: str | None, device: str, base: str | None,
+    trust_remote_code: bool,
+) -> None:  # fmt: skip
     """Talk to a run, or to an adapter, merged or GPTQ directory: /help lists what can be done in a conversation.
 
     Reads a message per line where standard input is no terminal.
@@ -61,7 +66,7 @@ def chat(
 
     keep_transformers_quiet()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # leaves, where Ctrl-C only ends an answer
-    shelf = open_shelf(directory, device, base)
+    shelf = open_shelf(directory, device, base, trust_remote_code)
     try:
         Session(shelf, Settings(temperature, max_tokens, system), Screen()).run()
     except KeyboardInterrupt:  # before there was a prompt

@@ -7,13 +7,11 @@ results) is the one in lineage.json and its files are whole. Otherwise it writes
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,11 +27,11 @@ from qlora.artifacts import (
     link_weights,
     manifest,
     require_unaltered,
-    result_digest,
     write_text,
 )
 from qlora.errors import GateFailed, Problem, QloraError, UserError
 from qlora.facts import RunFacts
+from qlora.freshness import Freshness, Stage, versions
 from qlora.measure import Measured, measured
 from qlora.paths import RunDir, packaged_recipes
 from qlora.recipe import Recipe
@@ -43,30 +41,8 @@ from qlora.reporting.outcome import ladder_notes, merges_notes, quantize_notes, 
 from qlora.reporting.page import write_page
 from qlora.reporting.tables import ladder_table
 from qlora.reporting.tracking import Tracker
-from qlora.stages import Progress, Run
+from qlora.stages import Run
 from qlora.verdict import verdict
-
-VERSIONED = ("qlora", "torch", "transformers", "peft", "trl", "bitsandbytes")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage: the folder it writes, the stages it needs, and the parts of the recipe that decide its result.
-
-    run: takes the run, the stage's fingerprint, the folder to write (None on processes other than the first) and a
-    progress callback; returns metrics.
-    without: keys of the sections that change nothing about the result.
-    resumable: the folder it is given may hold what an interrupted attempt at the same result left there.
-    """
-
-    name: str
-    output: str
-    run: Callable[[Run, str, Path | None, Progress], dict[str, Any]]
-    needs: tuple[str, ...]
-    sections: tuple[str, ...]
-    without: tuple[str, ...] = ()
-    resumable: bool = False
-
 
 STAGES = {
     stage.name: stage
@@ -118,6 +94,7 @@ class Pipeline:
         self.state = Run(recipe)
         self.dirs = self.state.dirs
         self.lineage = Lineage(self.dirs.lineage)
+        self.freshness = Freshness(self.state, self.lineage)
         self.tracker = Tracker(recipe, self.dirs.tracking)
         self.out = console()
         self._unaltered: set[str] = set()  # stages whose files were read, and found to be what lineage.json says
@@ -125,9 +102,9 @@ class Pipeline:
     def run(self) -> None:
         """Every stage in order, skipping those that are up to date. Raises `GateFailed` after the last one."""
         with self._session():
-            if not self._is_current(STAGES["quantize"]):
+            if not self.freshness.is_current(STAGES["quantize"]):
                 stages.check_quantization(self.state)
-            if not self._is_current(STAGES["evaluate"]):
+            if not self.freshness.is_current(STAGES["evaluate"]):
                 stages.check_evaluation(self.state)
             for stage in STAGES.values():
                 if stage.name == "evaluate" and self.state.splits.evaluation is None:
@@ -143,7 +120,7 @@ class Pipeline:
         if {stage.name for stage in wanted} | {"evaluate"} != STAGES.keys():
             return False
         measured = "evaluate" in self.lineage.stages or self.state.splits.evaluation is None
-        return measured and all(map(self._is_current, wanted))
+        return measured and all(map(self.freshness.is_current, wanted))
 
     def run_stage(self, name: str) -> None:
         """One stage. Raises `UserError` naming the command if a stage before it is missing or out of date."""
@@ -156,13 +133,13 @@ class Pipeline:
 
     def require(self, names: Sequence[str], purpose: str) -> None:
         """Raise `UserError` naming the command for every one of these stages that is missing or out of date."""
-        missing = [need for need in names if not self._is_current(STAGES[need])]
+        missing = [need for need in names if not self.freshness.is_current(STAGES[need])]
         if missing:
             raise UserError(
                 [
                     Problem(
                         f"{purpose} needs the result of {need}, which is missing or out of date"
-                        + self._what_changed(STAGES[need]),
+                        + self.freshness.what_changed(STAGES[need]),
                         str(getattr(self.dirs, STAGES[need].output)),
                         f"qlora {need} RECIPE, or `qlora run RECIPE` for all stages",
                     )
@@ -194,12 +171,12 @@ class Pipeline:
     def _ensure(self, stage: Stage) -> None:
         """Run the stage unless it is up to date."""
         entry = self.lineage.stages.get(stage.name, {})
-        if self._is_current(stage):
+        if self.freshness.is_current(stage):
             self.out.print(f"  {stage.name:10} up to date ({summary(stage.name, entry['metrics'])})")
             return
         if self._take_over(stage):
             return
-        changed = self._what_changed(stage)
+        changed = self.freshness.what_changed(stage)
         if changed:
             self.out.print(f"  {stage.name:10} runs again{changed}")
         processes = 1 if self.recipe.lora.combine else self.recipe.train.processes
@@ -212,7 +189,7 @@ class Pipeline:
         """Have what another run's stage made of the same inputs; weights as links, so that they take no room."""
         if self.reuse is None or not is_main_process():
             return False
-        wanted, own = digest(self._fingerprint(stage)), self.dirs.lineage.resolve()
+        wanted, own = digest(self.freshness.fingerprint(stage)), self.dirs.lineage.resolve()
         for path in sorted(self.reuse.glob("*/lineage.json")):
             entry = Lineage(path).stages.get(stage.name, {})
             source: Path = getattr(RunDir(path.parent), stage.output)
@@ -228,7 +205,7 @@ class Pipeline:
         return False
 
     def _execute(self, stage: Stage) -> None:
-        fingerprint = self._fingerprint(stage)
+        fingerprint = self.freshness.fingerprint(stage)
         target: Path = getattr(self.dirs, stage.output)
         entry: dict[str, Any] = {"fingerprint": digest(fingerprint), "status": "running", "inputs": fingerprint}
         entry |= {"versions": versions(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -270,8 +247,8 @@ class Pipeline:
             environment |= {"ACCELERATE_USE_CPU": "true", "CUDA_VISIBLE_DEVICES": ""}
         self.tracker.close()  # the first process of the launch continues the same run
         code = subprocess.run(command, env=environment).returncode
-        self.lineage = Lineage(self.dirs.lineage)
-        if code or not self._is_current(STAGES["train"]):
+        self.lineage.reload()
+        if code or not self.freshness.is_current(STAGES["train"]):
             raise QloraError(
                 f"the {processes} training processes ended with an error", str(self.dirs.logs), "see above"
             )
@@ -311,30 +288,6 @@ class Pipeline:
                     require_unaltered(getattr(self.dirs, STAGES[name].output), outputs, name, progress.update)
                     self._unaltered.add(name)
 
-    def _is_current(self, stage: Stage) -> bool:
-        entry = self.lineage.stages.get(stage.name, {})
-        return (
-            entry.get("status") == "complete"
-            and entry["fingerprint"] == digest(self._fingerprint(stage))
-            and is_intact(getattr(self.dirs, stage.output), entry["outputs"])
-        )
-
-    def _fingerprint(self, stage: Stage) -> dict[str, Any]:
-        """What decides the stage's result, as a flat mapping so that a change can be named."""
-        recipe = self.recipe.model_dump(mode="json")
-        result: dict[str, Any] = {"base": self.state.base.digest}
-        for section in stage.sections:
-            result |= _flat(section, recipe[section])
-        for key, content in self._digests.items():
-            if _drop(result, key):
-                result[key] = content
-        for key in stage.without:
-            _drop(result, key)
-        for need in stage.needs:
-            outputs = self.lineage.stages.get(need, {}).get("outputs", {})
-            result[f"result of {need}"] = result_digest(outputs)
-        return result | {f"version of {name}": version for name, version in versions().items()}
-
     @cached_property
     def _expected(self) -> dict[str, dict[str, float | None]]:
         """What each stage is estimated to take, for the report to compare with."""
@@ -342,43 +295,25 @@ class Pipeline:
 
         return expected(self.state)
 
-    @cached_property
-    def _digests(self) -> dict[str, Any]:
-        with StageProgress("data") as progress:
-            self.state.progress = progress.update
-            return self.state.digests()
 
-    def _what_changed(self, stage: Stage) -> str:
-        """` because lora.r, data.train changed`, or an empty string."""
-        entry = self.lineage.stages.get(stage.name, {})
-        if entry.get("status") != "complete":
-            return ""
-        old, new = entry["inputs"], self._fingerprint(stage)
-        names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        return f" because {', '.join(names)} changed" if names else " because files are missing"
+def out_of_date(facts: RunFacts) -> dict[str, str]:
+    """By stage, why what it made is not what the run's recipe and inputs make now; stages that need such a one, too.
 
-
-def _flat(name: str, value: Any) -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    if not isinstance(value, dict) or not value:
-        return {name: value}
-    return {key: leaf for part, nested in value.items() for key, leaf in _flat(f"{name}.{part}", nested).items()}
-
-
-def _drop(flat: dict[str, Any], name: str) -> bool:
-    """Remove a key and all below it; whether there were any."""
-    found = [key for key in flat if key == name or key.startswith(f"{name}.")]
-    for key in found:
-        del flat[key]
-    return bool(found)
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that change results."""
-    from qlora import __version__
-
-    found = {name: importlib.metadata.version(name) for name in VERSIONED if name != "qlora"}
-    return {"qlora": __version__} | found
+    Fetches nothing from the hub: what only that has counts as what it was.
+    """
+    run, lineage = Run(facts.recipe), Lineage(facts.dirs.lineage)
+    run.dirs = facts.dirs  # wherever it lies by now
+    freshness = Freshness(run, lineage, fetch=False)
+    found: dict[str, str] = {}
+    for name, stage in STAGES.items():
+        earlier = [found[need] for need in stage.needs if need in found]
+        if earlier:
+            found[name] = earlier[0]
+        elif name not in facts.stages:
+            found[name] = f"{name} has {'begun and not finished' if name in lineage.stages else 'not run'}"
+        elif not freshness.is_current(stage):
+            found[name] = f"{name} would run again{freshness.what_changed(stage)}"
+    return found
 
 
 def _cost(cost: Measured) -> str:

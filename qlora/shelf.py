@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -33,6 +34,7 @@ from qlora.models.resources import BYTES, layer_forward_bytes
 from qlora.models.shapes import model_shapes, read_config, skeleton
 from qlora.models.tokens import TrainedTokens, trained_tokens
 from qlora.paths import RunDir
+from qlora.pipeline import out_of_date
 from qlora.recipe import Model
 from qlora.rungs import GPTQ, MERGED, learning_rungs, shipped_rungs
 from qlora.stages import Run
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from qlora.models.base import Base
 
 ADAPTER_CONFIG = "adapter_config.json"
+MADE_BY = {TRAINED: "train", MERGED: "merge", GPTQ: "quantize"}  # the stage behind a rung
 LONGEST = 8192  # tokens of a conversation that room is left for on a GPU, beside the model
 
 
@@ -48,6 +51,12 @@ class NothingThere(UserError):
     """A directory holds no model that can be loaded."""
 
     title = "There is no model to load"
+
+
+class NotTrusted(UserError):
+    """A model comes with code of its own, which nobody has said may run."""
+
+    title = "This model is code that was not trusted"
 
 
 @dataclass(frozen=True)
@@ -66,6 +75,7 @@ class Shelf:
     rungs: each finds its rung anew, so that it sees the memory which is free by then.
     tokenizers: the directory of each one's tokenizer.
     template_options: what its chat template is given beside messages.
+    stale: of rungs that are not what their run's recipe and inputs make now, a line that says why, and what to do.
     """
 
     first: str
@@ -73,18 +83,38 @@ class Shelf:
     tokenizers: Mapping[str, Path]
     trust_remote_code: bool = False
     template_options: Mapping[str, Any] = field(default_factory=dict)
+    stale: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, name: str) -> Loaded:
-        """Raises UserError where files are missing, or the base cannot be had."""
-        tokenizer = load_tokenizer(self.tokenizers[name], self.trust_remote_code)
-        rung = self.rungs[name]()
-        return Loaded(rung.label, rung.load(), tokenizer)
+        """Raises UserError where files are missing, the base cannot be had, or a model's own code would have to run."""
+        try:
+            tokenizer = load_tokenizer(self.tokenizers[name], self.trust_remote_code)
+            rung = self.rungs[name]()
+            return Loaded(rung.label, rung.load(), tokenizer)
+        except Exception as error:
+            if self.trust_remote_code or not _asks_for_trust(error):
+                raise
+            raise NotTrusted(
+                "loading it would run Python code that comes with it or with its base",
+                str(self.tokenizers[name]),
+                "read that code (*.py beside config.json); if you trust it, add --trust-remote-code",
+            ) from None
 
 
-def open_shelf(directory: Path, device: str = "auto", base: str | None = None) -> Shelf:
+def _asks_for_trust(error: BaseException | None) -> bool:
+    """Whether transformers refused code that is not its own: it then names its argument, which libraries may wrap."""
+    while error is not None and "trust_remote_code=True" not in str(error):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def open_shelf(
+    directory: Path, device: str = "auto", base: str | None = None, trust_remote_code: bool = False
+) -> Shelf:
     """What a directory holds: a run, an adapter of `qlora train`, or a merged, GPTQ, AWQ or other plain checkpoint.
 
     device: auto, cpu or cuda. base: for an adapter outside its run, the base if it is not where base.json says.
+    trust_remote_code: whether code that comes with a model may run; of a run, its recipe says so.
     Raises UserError where there is no such thing.
     """
     directory, device = directory.resolve(), pick_device(device)
@@ -92,9 +122,9 @@ def open_shelf(directory: Path, device: str = "auto", base: str | None = None) -
     if RunDir(whole).lineage.is_file() and RunDir(whole).recipe.is_file():
         return _of_run(RunFacts.read(whole), device, part)
     if (directory / ADAPTER_CONFIG).is_file():
-        return _of_adapter(directory, device, base)
+        return _of_adapter(directory, device, base, trust_remote_code)
     if (directory / "config.json").is_file():
-        return _of_checkpoint(directory, device)
+        return _of_checkpoint(directory, device, trust_remote_code)
     raise NothingThere(
         "this is no run, adapter, merged or GPTQ directory" if directory.is_dir() else "there is no such directory",
         str(directory),
@@ -130,7 +160,21 @@ def _of_run(facts: RunFacts, device: str, part: str | None) -> Shelf:
         raise NothingThere("no stage of this run has finished yet", str(dirs.root), "qlora run RECIPE")
     tokenizers = {name: getattr(dirs, name) if name in (MERGED, GPTQ) else dirs.adapter for name in rungs}
     first = _first(rungs, dirs, part)
-    return Shelf(first, rungs, tokenizers, trust, recipe.data.template_options)
+    return Shelf(first, rungs, tokenizers, trust, recipe.data.template_options, _stale(facts, rungs))
+
+
+def _stale(facts: RunFacts, rungs: Iterable[str]) -> dict[str, str]:
+    """As `Shelf.stale` has it."""
+    reasons, root = out_of_date(facts), facts.dirs.root
+    command = ["qlora", "run", str(facts.dirs.recipe)]
+    if facts.recipe.run_dir.resolve() != root:  # it was moved, or is relative to another folder than this one
+        command += [f"output_dir={root.parent}", f"name={root.name}"]
+    update = shlex.join(command)
+    return {
+        name: f"{name} is out of date: {reasons[stage]}; `{update}` brings it up to date"
+        for name in rungs
+        if (stage := MADE_BY.get(name)) in reasons
+    }
 
 
 def _first(rungs: Mapping[str, Any], dirs: RunDir, part: str | None) -> str:
@@ -145,33 +189,29 @@ def _first(rungs: Mapping[str, Any], dirs: RunDir, part: str | None) -> str:
     return name
 
 
-def _of_adapter(directory: Path, device: str, base: str | None) -> Shelf:
+def _of_adapter(directory: Path, device: str, base: str | None, trust: bool) -> Shelf:
     """An adapter away from its run: base.json says which base it needs, and how training held that."""
 
-    found_once = cache(partial(_base_of, directory, device, base))
+    found_once = cache(partial(_base_of, directory, device, base, trust))
 
     def rung(name: str) -> Rung:
         found, section, tokens = found_once()
-        return _named(
-            name,
-            learning_rungs(
-                found, section, directory, tokens, device, room_beside_conversation(found.directory, device)
-            ),
-        )
+        most = room_beside_conversation(found.directory, device, trust)
+        return _named(name, learning_rungs(found, section, directory, tokens, device, most))
 
     settings = read_provenance(directory / FILE_NAME).settings
     held = (BASE, TRAINED) if settings.quant_type in ("checkpoint", "none") else (BASE, START, TRAINED)
     rungs = {name: partial(rung, name) for name in held}
-    return Shelf(TRAINED, rungs, dict.fromkeys(rungs, directory))
+    return Shelf(TRAINED, rungs, dict.fromkeys(rungs, directory), trust)
 
 
-def _base_of(adapter: Path, device: str, base: str | None) -> tuple[Base, Model, TrainedTokens | None]:
+def _base_of(adapter: Path, device: str, base: str | None, trust: bool) -> tuple[Base, Model, TrainedTokens | None]:
     """An adapter's base, its section of a recipe, and trained tokens. Raises UserError where it has other weights."""
     from qlora.models.base import resolve_base
 
     kept = read_provenance(adapter / FILE_NAME)
     try:
-        found = resolve_base(base or kept.base_id, None if base else kept.revision)
+        found = resolve_base(base or kept.base_id, None if base else kept.revision, trust_remote_code=trust)
     except UserError as error:
         if base is not None:
             raise
@@ -179,7 +219,7 @@ def _base_of(adapter: Path, device: str, base: str | None) -> tuple[Base, Model,
         raise NothingThere(
             f"its base {kept.base_id} is not found ({reason})", str(adapter), "say where it is: --base DIRECTORY"
         ) from None
-    section = _section(kept, found)
+    section = _section(kept, found, trust)
     indices = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("trainable_token_indices")
     tokens = TrainedTokens.of_layers(indices) if indices else None
     if found.revision is None or found.revision != kept.revision:
@@ -187,15 +227,16 @@ def _base_of(adapter: Path, device: str, base: str | None) -> tuple[Base, Model,
     return found, section, tokens
 
 
-def _section(kept: Provenance, base: Base) -> Model:
+def _section(kept: Provenance, base: Base, trust: bool) -> Model:
     """`model` of the recipe that an adapter was trained by, as far as its weights depend on it."""
     settings = kept.settings
-    section: dict[str, Any] = {"base": str(base.directory), "quantization": settings.quant_type}
+    section: dict[str, Any] = {"base": str(base.directory), "trust_remote_code": trust}
+    section |= {"quantization": settings.quant_type}
     section |= {"double_quant": settings.double_quant, "compute_dtype": str(settings.compute_dtype).split(".")[-1]}
     if settings.int8_threshold is not None:
         section["int8_threshold"] = settings.int8_threshold
     if settings.quant_type not in ("checkpoint", "none"):
-        bare = skeleton(read_config(base.directory))
+        bare = skeleton(read_config(base.directory, trust_remote_code=trust), trust_remote_code=trust)
         head = bare.get_output_embeddings()
         heads = {name for name, module in bare.named_modules() if module is head}
         section["skip_modules"] = [f"^{re.escape(name)}$" for name in kept.unquantized if name not in heads]
@@ -219,7 +260,7 @@ def _require_same_weights(kept: Provenance, base: Base, section: Model, device: 
         )
 
 
-def _of_checkpoint(directory: Path, device: str) -> Shelf:
+def _of_checkpoint(directory: Path, device: str, trust: bool) -> Shelf:
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     method = (config.get("quantization_config") or {}).get("quant_method")
     if not list(directory.glob("*.safetensors")):
@@ -237,11 +278,10 @@ def _of_checkpoint(directory: Path, device: str) -> Shelf:
         )
 
     def rung() -> Rung:
-        return Rung(
-            name, label, partial(load, directory, dtype, device, most=room_beside_conversation(directory, device))
-        )
+        most = room_beside_conversation(directory, device, trust)
+        return Rung(name, label, partial(load, directory, dtype, device, trust_remote_code=trust, most=most))
 
-    return Shelf(name, {name: rung}, {name: directory})
+    return Shelf(name, {name: rung}, {name: directory}, trust)
 
 
 def _named(name: str, rungs: list[Rung]) -> Rung:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora.artifacts import file_digest, read_json, write_json
+from qlora.errors import UserError
 from qlora.paths import RunDir
 from qlora.recipe import Calibration, Quantize, Recipe
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from qlora.quantization import QuantizeReport
 
 Progress = Callable[[int, int, str], None]
+UNKNOWN = object()  # the digest of what was not read
 
 
 class Run:
@@ -100,27 +102,56 @@ class Run:
         unfit_rows(self.recipe.train.method, prepared).raise_any(len(prepared.rows))
         return prepared
 
-    def digests(self) -> dict[str, Any]:
-        """Digests of what the recipe reads besides the base, by key, for fingerprints: content, not paths."""
+    def digests(self, *, fetch: bool = True) -> dict[str, Any]:
+        """Digests of what the recipe reads, by key, for fingerprints: content, not paths.
+
+        Without `fetch`, what is on the hub or takes long to read is UNKNOWN, and so are files that are gone.
+        """
+        found = {}
+        for key, (is_here, content) in self._inputs().items():
+            try:
+                found[key] = content() if fetch or is_here else UNKNOWN
+            except (UserError, OSError):
+                if fetch:
+                    raise
+                found[key] = UNKNOWN
+        return found
+
+    def _inputs(self) -> dict[str, tuple[bool, Callable[[], Any]]]:
+        """Key → whether it is files of this machine that are quickly read, and how its digest is found."""
         from qlora.data.corpora import corpus_digest
-        from qlora.data.sources import source_digest
+        from qlora.data.sources import is_local, source_digest
         from qlora.evaluation.tasks import task_digest
         from qlora.merging.combination import combined_digests
+        from qlora.models.preview import is_plain_directory
         from qlora.models.starting_adapter import starting_digest
 
-        data, calibration, measured = self.recipe.data, self.recipe.quantize.calibration, self.recipe.evaluate
+        model, data, measured = self.recipe.model, self.recipe.data, self.recipe.evaluate
+        calibration = self.recipe.quantize.calibration
         template = Path(data.chat_template) if data.chat_template else None
+        mix = calibration.mix.from_ if calibration.mix else None
         return {
-            "data.train": [source_digest(source) for source in data.train],
-            "data.eval": source_digest(data.eval) if data.eval is not None else None,
-            "data.eval_share": self.splits.digest,  # by what it holds out, or data.eval takes out
-            "data.chat_template": file_digest(template) if template and template.is_file() else data.chat_template,
-            "lora.start_from": starting_digest(self.recipe.lora),
-            "lora.combine": combined_digests(self.recipe.lora.combine),
-            "quantize.calibration.from": corpus_digest(calibration.from_),
-            "quantize.calibration.mix.from": corpus_digest(calibration.mix.from_) if calibration.mix else None,
-            "evaluate.general": corpus_digest(measured.general) if measured.general else None,
-            "evaluate.tasks": [task_digest(task) for task in measured.tasks],
+            "base": (is_plain_directory(model.base), lambda: self.base.digest),
+            "data.train": (
+                all(is_local(source.path) for source in data.train),
+                lambda: [source_digest(source) for source in data.train],
+            ),
+            "data.eval": (
+                data.eval is None or is_local(data.eval.path),
+                lambda: source_digest(data.eval) if data.eval is not None else None,
+            ),
+            # By what it holds out, or data.eval takes out: data decide it, and are compared themselves.
+            "data.eval_share": (False, lambda: self.splits.digest),
+            "data.chat_template": (
+                True,
+                lambda: file_digest(template) if template and template.is_file() else data.chat_template,
+            ),
+            "lora.start_from": (True, lambda: starting_digest(self.recipe.lora)),
+            "lora.combine": (True, lambda: combined_digests(self.recipe.lora.combine)),
+            "quantize.calibration.from": (True, lambda: corpus_digest(calibration.from_)),
+            "quantize.calibration.mix.from": (True, lambda: corpus_digest(mix) if mix else None),
+            "evaluate.general": (True, lambda: corpus_digest(measured.general) if measured.general else None),
+            "evaluate.tasks": (True, lambda: [task_digest(task) for task in measured.tasks]),
         }
 
 

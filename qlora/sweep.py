@@ -18,9 +18,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from qlora.artifacts import Lineage, digest, read_json, write_json, write_text
+from qlora.artifacts import digest, write_json, write_text
 from qlora.errors import Problem, QloraError, UserError, missing_extra
-from qlora.paths import RunDir
+from qlora.facts import RunFacts
 from qlora.recipe import Recipe
 from qlora.recipe_file import load_recipe, parse_value
 from qlora.reporting.console import console
@@ -161,19 +161,26 @@ def _finished(points: Sequence[Point]) -> dict[str, int]:
     """Exit codes of the runs that have nothing left to do."""
     codes = {}
     for point in points:
-        dirs = RunDir(point.recipe.run_dir)
-        if not dirs.lineage.is_file():
+        facts = _facts(point)
+        if facts is None:
             continue
-        from qlora.facts import RunFacts
         from qlora.pipeline import Pipeline
         from qlora.verdict import verdict
 
         try:
             if Pipeline(point.recipe).finished():
-                codes[point.name] = 3 if verdict(RunFacts.read(dirs.root)).reasons else 0
+                codes[point.name] = 3 if verdict(facts).reasons else 0
         except QloraError:  # the run itself will say so
             continue
     return codes
+
+
+def _facts(point: Point) -> RunFacts | None:
+    """What is known of a run; None where it has not come to that, or not in a form that can be read."""
+    try:
+        return RunFacts.read(point.recipe.run_dir)
+    except UserError:
+        return None
 
 
 def _on_this_machine(
@@ -220,20 +227,20 @@ def _codes(job: Any, group: Sequence[Point]) -> dict[str, int]:
 
 def _outcome(point: Point, code: int) -> dict[str, Any]:
     """A line of the table: what differs, and what was measured."""
-    dirs = RunDir(point.recipe.run_dir)
-    lineage = Lineage(dirs.lineage)
-    ladder = dirs.evaluation / "ladder.json"
-    rungs = {rung["name"]: rung for rung in read_json(ladder)["rungs"]} if ladder.is_file() else {}
-    taken = [name for name, entry in lineage.stages.items() if "taken_from" in entry]
+    facts = _facts(point)
+    stages = facts.stages if facts is not None else {}
+    ladder = facts.ladder if facts is not None else None
+    rungs = {rung["name"]: rung for rung in ladder["rungs"]} if ladder is not None else {}
+    taken = [name for name, entry in stages.items() if "taken_from" in entry]
     return {
         "name": point.name,
-        "directory": str(dirs.root),
+        "directory": str(point.recipe.run_dir),
         "values": point.values,
         "outcome": OUTCOMES.get(code, f"failed ({code})"),
-        "training_loss": lineage.metrics("train").get("final_loss"),
+        "training_loss": facts.metrics("train").get("final_loss") if facts is not None else None,
         "trained": rungs.get("trained"),
         "gptq": rungs.get("gptq"),
-        "seconds": sum(entry.get("seconds") or 0 for name, entry in lineage.stages.items() if name not in taken),
+        "seconds": sum(entry["seconds"] for name, entry in stages.items() if name not in taken),
         "taken_over": taken,
     }
 

@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from qlora.data.store import NONE
 from qlora.data.store import Rows as RenderedRows
 from qlora.errors import QloraError
 from qlora.fits import free_now
 from qlora.merging.combination import combined_parameters
 from qlora.models.estimates import estimate_stages
 from qlora.models.held import training_shapes
-from qlora.models.resources import Machine, Rows, StageEstimate, Workload, machine_of
+from qlora.models.resources import Asked, Machine, Rows, StageEstimate, Workload, machine_of
 from qlora.models.shapes import AdapterShapes, ModelShapes, adapter_shapes, read_config, skeleton
 from qlora.models.tokens import TrainedTokens, trained_tokens
 from qlora.quantization.preview import CalibrationPreview, preview_calibration
@@ -52,6 +53,7 @@ def workload(
     per_epoch = plan.schedule.steps_per_epoch
     count = recipe.train.max_steps or max(1, math.ceil(per_epoch * recipe.train.epochs))
     held_out = RenderedRows.of([]) if evaluation is None else evaluation[: recipe.evaluate.rows]
+    compared = (held_out.column("rejected") != NONE) | (held_out.column("good") != NONE)
     work = Workload(
         train_tokens=round(PASSES[recipe.train.method] * count * sum(lengths) / per_epoch),
         train_sequence=sum(length**2 for length in lengths) / sum(lengths),
@@ -61,8 +63,18 @@ def workload(
         evaluation=Rows(sum(held_out.lengths), max(held_out.lengths, default=0)),
         eval_answer_tokens=int(held_out.column("supervised").sum()),
         eval_longest_answer=int(held_out.column("supervised").max(initial=0)),
+        eval_rows=len(held_out),
+        eval_asked=_asked(held_out),
+        eval_compared_tokens=sum(held_out.select(compared).tokens),
     )
     return work, count
+
+
+def _asked(rows: RenderedRows) -> Asked:
+    answered = rows.select(rows.column("text_length") != NONE)
+    prompts = answered.column("prompt_length")
+    longest = (answered.column("length") - prompts).max(initial=0)
+    return Asked(len(answered), int(prompts.sum()), int(longest))
 
 
 def adapter_of(recipe: Recipe, model: Any, tokens: TrainedTokens | None) -> AdapterShapes:

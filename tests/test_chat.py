@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -141,6 +142,57 @@ def test_a_directory_of_a_run_begins_with_itself_and_finds_the_others(run_dir, m
     assert "there is no none here" in err and "base, nf4, trained, merged, gptq" in err
 
 
+def edited(run_dir: Path, **sections: dict) -> None:
+    """A run's recipe with other values in some of its sections."""
+    recipe = yaml.safe_load((run_dir / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe |= {name: recipe[name] | values for name, values in sections.items()}
+    (run_dir / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+
+
+def test_a_rung_that_is_out_of_date_is_offered_and_says_what_brings_it_up_to_date(
+    run_dir, models, monkeypatch, tmp_path
+):
+    assert "out of date" not in chat(monkeypatch, run_dir, "/rung trained", "/rung")[1]
+    moved = tmp_path / "my runs" / "moved"
+    shutil.copytree(run_dir, moved)
+    edited(moved, quantize={"bits": 3})
+    out, err = chat(monkeypatch, moved, QUESTION, "/rung", "/rung trained")
+    assert f"\n{generated(models['gptq'], AutoTokenizer.from_pretrained(moved / 'gptq'), QUESTION)}\n" in out
+    found = re.findall(r"^(\w+) is out of date: (.*); `(qlora run .*)` brings it up to date$", err, re.MULTILINE)
+    assert [each[:2] for each in found] == [("gptq", "quantize would run again because quantize.bits changed")]
+    assert [line for line in err.splitlines() if line.endswith("(out of date)")] == [
+        "* gptq      the quantized model, which is shipped (out of date)"
+    ]
+    assert cli._exit_code(lambda: cli.qlora.main(shlex.split(found[0][2])[1:], standalone_mode=False)) == 0
+    err = chat(monkeypatch, moved, "/rung")[1]
+    assert "GPTQ, 3 bits" in err and "out of date" not in err
+
+
+def test_what_comes_before_a_rung_and_its_data_make_it_out_of_date_too(run_dir, monkeypatch, tmp_path, facts_file):
+    run, data = tmp_path / "talks", tmp_path / "facts.jsonl"
+    shutil.copytree(run_dir, run)
+    shutil.copy(facts_file, data)
+    edited(run, data={"train": [{"path": str(data)}]})
+    tour = ("/rung merged", "/rung trained", "/rung base")
+
+    def reasons() -> dict[str, str]:
+        return dict(re.findall(r"^(\w+) is out of date: (.*);", chat(monkeypatch, run, *tour)[1], re.MULTILINE))
+
+    assert not reasons(), "the same rows elsewhere"
+    content = data.read_text(encoding="utf-8")
+    data.write_text(content.replace("Copper", "Silver"), encoding="utf-8")
+    assert reasons() == dict.fromkeys(("gptq", "merged", "trained"), "train would run again because data.train changed")
+    data.unlink()
+    assert not reasons(), "rows that are not here say nothing"
+    data.write_text(content, encoding="utf-8")
+    Pipeline(load_recipe(run / "recipe.yaml", [f"output_dir={tmp_path}", "train.max_steps=2"])).run_stage("train")
+    assert reasons() == dict.fromkeys(("gptq", "merged"), "merge would run again because result of train changed")
+    lineage = json.loads((run / "lineage.json").read_text())
+    lineage["stages"]["merge"]["status"] = "running"
+    (run / "lineage.json").write_text(json.dumps(lineage))
+    assert reasons() == dict.fromkeys(("gptq", "merged"), "merge has begun and not finished")
+
+
 def test_a_checkpoint_away_from_its_run_stands_alone(run_dir, models, monkeypatch, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(run_dir / "gptq")
     for name in ("gptq", "merged"):
@@ -171,6 +223,47 @@ def test_an_adapter_away_from_its_run_needs_the_base_it_was_trained_on(
     save_file(tensors, tmp_path / "other" / "model.safetensors", {"format": "pt"})
     _, err = chat(monkeypatch, tmp_path / "adapter", QUESTION, code=2, options=("--base", tmp_path / "other"))
     assert "trained on other weights than other has" in err
+
+
+MODEL_CODE = """
+from pathlib import Path
+from transformers import LlamaConfig, LlamaForCausalLM
+Path({ran!r}).touch()
+class OddConfig(LlamaConfig):
+    model_type = "odd"
+class OddForCausalLM(LlamaForCausalLM):
+    config_class = OddConfig
+"""
+
+
+def with_code(model: Path, target: Path, ran: Path) -> Path:
+    """A copy of a model that needs the code beside it, which leaves the file `ran` where it runs."""
+    shutil.copytree(model, target)
+    config = json.loads((target / "config.json").read_text())
+    config |= {"model_type": "odd", "architectures": ["OddForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "odd.OddConfig", "AutoModelForCausalLM": "odd.OddForCausalLM"}
+    (target / "config.json").write_text(json.dumps(config))
+    (target / "odd.py").write_text(MODEL_CODE.format(ran=str(ran)))
+    return target
+
+
+def test_code_that_comes_with_a_model_runs_only_where_that_is_said(run_dir, tiny_model, models, monkeypatch, tmp_path):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])  # which it is added to
+    ran, adapter = tmp_path / "ran", tmp_path / "adapter"
+    plain, base = (with_code(tiny_model, tmp_path / name, ran) for name in ("plain", "base"))
+    gptq = with_code(run_dir / "gptq", tmp_path / "packed", ran)
+    shutil.copytree(run_dir / "adapter", adapter)
+    for directory, rung, options in (
+        (plain, "base", ()), (gptq, "gptq", ()), (adapter, "trained", ("--base", base)),
+    ):  # fmt: skip
+        ran.unlink(missing_ok=True)
+        _, err = chat(monkeypatch, directory, QUESTION, code=2, options=options)
+        assert "--trust-remote-code" in err and str(directory) in err
+        assert not ran.exists()
+        out, _ = chat(monkeypatch, directory, QUESTION, options=(*options, "--trust-remote-code"))
+        answer = generated(models[rung], AutoTokenizer.from_pretrained(run_dir / "adapter"), QUESTION)
+        assert out == transcript((QUESTION, answer)) and ran.exists()
 
 
 def with_template(model: Path, target: Path, template: str | None) -> Path:

@@ -17,6 +17,7 @@ from transformers import GPT2Config, LlamaConfig, PreTrainedTokenizerFast
 
 from qlora.check import CheckReport, check
 from qlora.errors import UserError, WillNotFit
+from qlora.models.evaluate_estimates import LAYER_STEP_SECONDS
 from qlora.recipe import Recipe
 from qlora.reporting.preflight import show
 
@@ -268,6 +269,20 @@ def test_refinement_has_a_row_of_its_own(make) -> None:
     assert seconds[1] > 1.5 * seconds[0]
     assert "\nrefine " in printed(report)
     assert all(stage.disk == 0 for stage in report.stages if stage.stage == "refine")
+
+
+def test_answers_of_the_held_out_rows_and_golden_prompts_are_in_the_time_of_evaluation(make) -> None:
+    def seconds(**evaluate: Any) -> float:
+        return check(make(evaluate=evaluate)).stages[-1].seconds
+
+    alone = seconds(golden=0)
+    golden = seconds() - alone
+    step = 2 * LAYER_STEP_SECONDS  # of both layers
+    answer = 10  # tokens of the longest, with its end
+    assert golden > 2 * answer * step
+    answers = seconds(golden=0, generate=True, max_new_tokens=50) - alone
+    assert answers > (2 * 50 + 3 * answer) * step
+    assert seconds(golden=0, generate=True, max_new_tokens=5) - alone < answers / 3
 
 
 def test_engines_that_fail_with_the_architecture_are_named(make, model_dir: Path, tmp_path: Path) -> None:

@@ -7,11 +7,11 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
-from qlora.artifacts import read_json
+from qlora.artifacts import read_json, write_json
 from qlora.cli import qlora
 from qlora.errors import QloraError, UserError
 from qlora.recipe_file import load_recipe
-from qlora.sweep import Grid, sweep
+from qlora.sweep import Grid, _outcome, sweep
 
 
 def run(path, *overrides, jobs=None):
@@ -40,6 +40,17 @@ def test_every_combination_is_a_run_and_what_they_share_is_computed_once(tiny_re
     assert "2 runs, 2 up to date" in capsys.readouterr().out and len(list((folder / "jobs").iterdir())) == jobs
     assert [each["outcome"] for each in read_json(folder / "sweep.json")["runs"]] == ["done", "done"]
     assert {name: (folder / name / "gptq" / "model.safetensors").stat().st_mtime_ns for name in runs} == before
+
+    # GPTQ has run again and its checkpoint was not measured: the ladder that is there is of the one before.
+    again = {name: read_json(folder / name / "lineage.json") for name in runs}
+    outputs = again["bits-3"]["stages"]["quantize"]["outputs"]
+    outputs["model.safetensors"]["sha256"] = "0" * 64
+    write_json(folder / "bits-3" / "lineage.json", again["bits-3"])
+    points = {point.name: point for point in Grid.of(str(path), ["quantize.bits=4,3", "lora.r=4"]).points}
+    found = {name: _outcome(point, 1) for name, point in points.items()}
+    assert found["bits-4"] == runs["bits-4"] | {"outcome": "failed (1)"}
+    stale = {"outcome": "failed (1)", "trained": None, "gptq": None}
+    assert found["bits-3"] == runs["bits-3"] | stale
 
 
 def test_names_values_and_groups(tiny_recipe):

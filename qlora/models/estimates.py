@@ -1,7 +1,8 @@
 """Memory, disk and time that each stage will take, by formula: estimates to plan with, not measurements.
 
 Time is floating-point work over an assumed rate (`qlora.models.resources`). Training's memory is in
-`qlora.models.training_memory`, quantization in `qlora.models.quantize_estimates`.
+`qlora.models.training_memory`, quantization in `qlora.models.quantize_estimates`, evaluation's time in
+`qlora.models.evaluate_estimates`.
 
 All sizes are bytes, all counts are tokens or parameters.
 """
@@ -10,18 +11,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from qlora.models.evaluate_estimates import evaluate_seconds
 from qlora.models.quantize_estimates import estimate_quantize, estimate_refine
 from qlora.models.resources import (
     BYTES,
     STORAGE_RATE,
-    TRAINING,
     Machine,
     StageEstimate,
     Workload,
     layer_forward_bytes,
     stage_estimate,
 )
-from qlora.models.shapes import AdapterShapes, ModelShapes, forward_flops
+from qlora.models.shapes import AdapterShapes, ModelShapes
 from qlora.models.training_memory import Trained, base_bytes
 from qlora.recipe import Recipe
 from qlora.recipe_measuring import GENERAL_LENGTH
@@ -128,14 +129,7 @@ def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
     itemsize = BYTES[recipe.model.dtype]
     rows, whole = work.evaluation, itemsize * shapes.total
     parts = {"model in 16 bits": whole, **scoring_parts(recipe, shapes, rows.longest, work.eval_longest_answer)}
-    section = recipe.evaluate
-    merges = 1 + section.compare_merges
-    models = 2 + recipe.model.requantizes + merges * (1 + recipe.merge.write)  # base, trained; NF4; GPTQ, merged
-    general = section.general_tokens if section.general is not None else 0
-    flops = forward_flops(shapes, rows.longest) * rows.tokens + forward_flops(shapes, GENERAL_LENGTH) * general
-    seconds = machine.seconds(models * flops, TRAINING)
-    if section.survival and seconds is not None:
-        seconds += _merging_seconds(shapes, machine)  # what survival compares with
+    general = recipe.evaluate.general_tokens if recipe.evaluate.general is not None else 0
     # What training held the base in stays on the GPU; of others, what is computed with.
     least = max(base_bytes(recipe, shapes), 2 * itemsize * max(shapes.largest_layer, shapes.largest_tensor))
     return stage_estimate(
@@ -144,6 +138,6 @@ def _evaluate(recipe: Recipe, shapes: ModelShapes, work: Workload, machine: Mach
         parts,
         host=0,
         disk=2 * (work.eval_answer_tokens + general) * shapes.vocab_size,  # the trained model's log-probabilities, fp16
-        seconds=seconds,
+        seconds=evaluate_seconds(recipe, shapes, work, machine, merging=_merging_seconds(shapes, machine)),
         movable=max(0, whole - least),
     )

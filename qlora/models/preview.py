@@ -46,6 +46,12 @@ def preview_base(name: str, revision: str | None = None) -> Preview:
     return _hub(name, revision)
 
 
+def is_plain_directory(name: str) -> bool:
+    """Whether this is a directory with weights that are read as they are, not converted first."""
+    path = Path(name)
+    return (path / "config.json").is_file() and _quantization_method(path) is None
+
+
 def _gguf(path: Path) -> Preview:
     if not path.is_file():
         raise UserError("this GGUF file does not exist", str(path), "check model.base")

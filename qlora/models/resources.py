@@ -80,6 +80,16 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """Held-out rows that have an answer, which models can be asked for."""
+
+    rows: int = 0
+    prompt_tokens: int = 0
+    longest_answer: int = 0
+    """Tokens of it, with the one that ends it."""
+
+
+@dataclass(frozen=True)
 class Pass:
     """A forward and backward pass of training."""
 
@@ -111,6 +121,10 @@ class Workload:
     evaluation: Rows
     eval_answer_tokens: int
     eval_longest_answer: int
+    eval_rows: int = 0
+    eval_asked: Asked = Asked()
+    eval_compared_tokens: int = 0
+    """Of answers that are compared or judged, with their prompts, which are read beside the rows."""
 
 
 @dataclass(frozen=True)

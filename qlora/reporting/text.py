@@ -32,7 +32,7 @@ def show(facts: RunFacts, console: Console) -> None:
     for title, part in (
         ("The ladder", _ladder),
         ("Training", _training),
-        ("What is left of the training, layer by layer", _survival),
+        ("What compressing cost, layer by layer", _survival),
         ("Time and memory", _costs),
         ("Answers", _answers),
         ("Serving", _serving),

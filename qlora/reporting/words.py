@@ -48,7 +48,7 @@ class Tile:
 # What a run may hold beyond the ladder: what it is, and what makes it be measured.
 MISSING = {
     "curve": ("the loss curve", "this adapter was combined from others; a run that trains has one"),
-    "survival": ("what is left of the update in every layer", "evaluate.survival: true"),
+    "survival": ("what compressing cost in every layer", "evaluate.survival: true"),
     "generations": ("answers side by side", "evaluate.generate: true"),
     "general": ("what fine-tuning made the model forget", "evaluate.general: wikitext2"),
     "tasks": ("public tests by name", "evaluate.tasks: [arc_easy]"),

@@ -133,12 +133,12 @@ def test_a_run_measures_what_its_recipe_asks_for(measured_recipe, tiny_model, tm
 
     pipeline = Pipeline(load_recipe(measured_recipe, [f"evaluate.tasks=[{task}]", "evaluate.task_limit=2"]))
     stage = STAGES["evaluate"]
-    assert pipeline._is_current(stage)
+    assert pipeline.freshness.is_current(stage)
     rows_file = tmp_path / "tasks/rows.jsonl"
     rows_file.write_text(rows_file.read_text().replace("Nine", "Nineteen"))
     (tmp_path / "general.txt").write_text(TEXT * 201)
     changed = Pipeline(load_recipe(measured_recipe, [f"evaluate.tasks=[{task}]", "evaluate.task_limit=2"]))
-    assert changed._what_changed(stage) == " because evaluate.general, evaluate.tasks changed"
+    assert changed.freshness.what_changed(stage) == " because evaluate.general, evaluate.tasks changed"
 
     code, _, errors = qlora(
         "evaluate",

@@ -124,6 +124,8 @@ def test_every_figure_of_the_ladder_is_on_the_page_and_every_layer(shown):
     cells = [attributes for name, attributes in Outline(shown).tags if name == "td" and "data-steps" in attributes]
     assert len(cells) == 4 * 7 + 1
     assert cells[0]["data-name"] == "model.layers.0.self_attn.q_proj"
+    figures = [each["title"] for each in json.loads(re.search(r'id="heat-figures">(.*?)</script>', shown)[1])]
+    assert figures[:2] == ["Output error", "Update kept"]
     head = next(attributes for attributes in cells if attributes["data-name"] == "lm_head")
     assert head["data-steps"].count("-") == 5 and head["data-values"].split("|").count("–") == 5
 
@@ -160,10 +162,10 @@ def test_experts_of_a_layer_share_a_cell(write_run, tmp_path):
     path = directory / "evaluation" / "survival.json"
     survival = json.loads(path.read_text())
     first = survival["modules"][0]
-    survival["modules"] += [first | {"name": f"expert {number}", "energy": 0.9 - number / 100} for number in range(3)]
+    survival["modules"] += [first | {"name": f"expert {error}", "output_error": error} for error in (0.5, 0.6, 0.7)]
     path.write_text(json.dumps(survival))
     said = page(RunFacts.read(directory))
-    assert "(worst of 4)" in said and 'data-values="0.880|' in said
+    assert "(worst of 4)" in said and 'data-values="0.7000|' in said
 
 
 def test_colours_of_text_can_be_told_from_what_is_behind_them():

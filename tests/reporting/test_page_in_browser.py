@@ -71,14 +71,18 @@ def test_cells_are_reached_and_walked_by_keyboard(shown):
     assert shown.script("document.getElementById('tip').hidden") is True
 
 
-def test_another_figure_colours_the_map(shown):
+def test_output_errors_colour_the_map_until_another_figure_is_chosen(shown):
     cell = "document.querySelectorAll('td[data-steps]')[13]"
+    meaning = "document.querySelector('.meaning:not([hidden])')"
+    assert shown.script("document.getElementById('heat-figure').innerText") == "Output error"
+    assert "what rounding costs" in shown.script(f"{meaning}.innerText")
     before = shown.script(f"[{cell}.className, {cell}.textContent]")
-    shown.script("document.getElementById('figure-2').click()")
+    shown.script("document.getElementById('figure-1').click()")
     after = shown.script(f"[{cell}.className, {cell}.textContent]")
     steps, values = shown.script(f"[{cell}.dataset.steps, {cell}.dataset.values]")
-    assert before == [f"h{steps[0]}", values.split("|")[0]] and after == [f"h{steps[2]}", values.split("|")[2]]
-    assert "relative to their size" in shown.script("document.querySelector('.meaning:not([hidden])').innerText")
+    assert before == [f"h{steps[0]}", values.split("|")[0]] and after == [f"h{steps[1]}", values.split("|")[1]]
+    assert shown.script("document.getElementById('heat-figure').innerText") == "Update kept"
+    assert "what training changed" in shown.script(f"{meaning}.innerText")
 
 
 def test_light_and_dark_follow_the_system_and_the_button(shown):

@@ -236,10 +236,10 @@ def _tasks(rungs: Sequence[Mapping[str, Any]]) -> Html | None:
 
 
 def survival_section(facts: RunFacts) -> Html:
-    title = "What is left of the training, layer by layer"
+    title = "What compressing cost, layer by layer"
     lead = (
-        "Compressing rounds every weight, and may round away what training changed. Each cell is one module of one "
-        "layer; the stronger the colour, the more was lost there."
+        "Compressing rounds every weight. That changes what a layer puts out, and may undo what training changed. Each "
+        "cell is one module (a matrix of weights) of one layer; the stronger the colour, the worse it came through."
     )
     survival = facts.survival
     if survival is None or not survival["modules"]:
