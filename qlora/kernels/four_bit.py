@@ -85,13 +85,19 @@ def dequantize(weight: FourBitWeight, dtype: torch.dtype, out: torch.Tensor | No
 
 
 def _with_torch(weight: FourBitWeight) -> torch.Tensor:
-    codes = torch.stack((weight.packed >> 4, weight.packed & 15), dim=1).flatten().long()
+    # Both codes of a byte by one look into a table.
+    of_byte = torch.stack((weight.code.repeat_interleave(16), weight.code.repeat(16)), dim=1)
+    found = of_byte.index_select(0, weight.packed.int()).flatten()[: weight.numel]
     absmax_B = weight.absmax_B
     if weight.nested is not None:
         absmax2, code, offset = weight.nested
         outer = torch.arange(len(absmax_B), device=absmax_B.device) // NESTED_BLOCK
         absmax_B = code[absmax_B.long()] * absmax2[outer] + offset
-    return weight.code[codes] * absmax_B.repeat_interleave(weight.block_size)[: weight.numel]
+    blocks = weight.numel // weight.block_size
+    whole, rest = found.split((blocks * weight.block_size, weight.numel % weight.block_size))
+    whole.view(blocks, -1).mul_(absmax_B[:blocks, None])
+    rest.mul_(absmax_B[-1])
+    return found
 
 
 def _with_triton(weight: FourBitWeight, out: torch.Tensor) -> None:
