@@ -67,6 +67,19 @@ def test_a_process_that_takes_too_long_is_stopped(tiny_model, tmp_path):
     assert [row["error"] for row in rows] == ["loading: stopped after 0 s: "] * 2
 
 
+def test_what_a_process_said_last_is_said_once(tmp_path):
+    (tmp_path / "log").write_text("loading\n" + "inputs will be cast\n" * 50 + "\n  out of   memory\n")
+    assert benches._last_words(tmp_path / "log") == "loading inputs will be cast out of memory"
+
+
+def test_a_table_names_the_versions_that_it_was_measured_with():
+    old = {"machine": "NVIDIA H200", "versions": {"torch": "2.11.0", "bitsandbytes": "0.50.2"}}
+    new = old | {"versions": {"torch": "2.13.0"}}
+    assert benches.machine_of([{"error": "loading"}, old, old]) == "NVIDIA H200, torch 2.11.0, bitsandbytes 0.50.2"
+    assert benches.machine_of([old, new]) == "NVIDIA H200, torch 2.11.0 and 2.13.0, bitsandbytes 0.50.2"
+    assert benches.machine_of([{"error": "loading"}]) == "nothing was loaded"
+
+
 def test_what_a_process_died_at_is_one_rows_error():
     pairs = [(1, 8), (2, 8), (3, 8)]
     loaded, first = {"loaded": {"load_seconds": 1.0}}, {"row": {"batch": 1, "prompt": 8, "tokens_per_second": 5.0}}

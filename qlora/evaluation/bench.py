@@ -179,17 +179,20 @@ def _run(command: Sequence[str], log: Path, timeout: float) -> str:
 
 def _last_words(log: Path) -> str:
     text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else ""
-    return " ".join(text.split())[-LAST_WORDS:]
+    # A warning that came with every step says it once.
+    lines = dict.fromkeys(" ".join(line.split()) for line in text.splitlines())
+    return " ".join(line for line in lines if line)[-LAST_WORDS:]
 
 
 def machine_of(rows: Sequence[Row]) -> str:
-    """GPU and versions, for a caption."""
-    from qlora.doctor import installed_versions
-
-    machine = next((row["machine"] for row in rows if "machine" in row), "nothing was loaded")
-    versions = installed_versions()
-    names = [name for name in ("torch", "transformers", "bitsandbytes", "gptqmodel") if name in versions]
-    return ", ".join([machine, *(f"{name} {versions[name]}" for name in names)])
+    """GPU and versions that rows were measured with, for a caption."""
+    machines = dict.fromkeys(row["machine"] for row in rows if "machine" in row)
+    found: dict[str, dict[str, None]] = {}
+    for row in rows:
+        for name, version in row.get("versions", {}).items():
+            found.setdefault(name, {})[version] = None
+    versions = [f"{name} {' and '.join(each)}" for name, each in found.items()]
+    return ", ".join([" and ".join(machines) or "nothing was loaded", *versions])
 
 
 def write_results(rows: Sequence[Row], folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+LIBRARIES = "torch", "transformers", "bitsandbytes", "gptqmodel"
 REPEATS = 3
 ENOUGH_SECONDS = 3.0
 """Of measuring: what takes longer is not repeated."""
@@ -24,6 +25,7 @@ def main(path: Path) -> None:
     """Do a job: its rows, and one before them that says how loading went."""
     import torch
 
+    from qlora.doctor import installed_versions
     from qlora.evaluation.bench_models import Subject, load
 
     job = json.loads(path.read_text(encoding="utf-8"))
@@ -38,6 +40,8 @@ def main(path: Path) -> None:
     load_peak = torch.cuda.max_memory_allocated() if device.startswith("cuda") else _resident("VmHWM")
     machine = torch.cuda.get_device_name() if device.startswith("cuda") else "CPU"
     found = {"load_seconds": loaded.seconds, "build_seconds": loaded.build_seconds, "machine": machine}
+    versions = installed_versions()
+    found["versions"] = {name: versions[name] for name in LIBRARIES if name in versions}
     _write(rows, {"loaded": found | {"weights_bytes": weights, "load_peak_bytes": load_peak}})
     for batch, prompt in job["combinations"]:
         where = {"batch": batch, "prompt": prompt}

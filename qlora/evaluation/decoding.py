@@ -191,6 +191,8 @@ class Decoder:
         error = (of_graph - of_step).square().mean().sqrt() / of_step.std()
         if bool(error <= NOISE):
             return None
+        if not bool(error.isfinite()):
+            return "a graph of it gives no numbers: a kernel is not in it"
         return f"a graph of it gives other logits (by {float(error):.2g} of their deviation): a kernel is not in it"
 
 
