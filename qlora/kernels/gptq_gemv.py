@@ -109,7 +109,8 @@ class Arrivals:
 
 def takes(weight: PackedWeight) -> bool:
     """Whether `striped` has an order for the codes of this weight, and Triton is there to multiply with it."""
-    return triton is not None and weight.bits == BITS and _stripe(weight) is not None
+    nvidia = triton is not None and torch.version.hip is None  # the kernel has an instruction of NVIDIA's
+    return nvidia and weight.bits == BITS and _stripe(weight) is not None
 
 
 def striped(weight: PackedWeight) -> StripedWeight:
