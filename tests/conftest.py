@@ -5,12 +5,14 @@ import gc
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import warm
 import yaml
 
 FACTS = {
@@ -56,6 +58,13 @@ def rows_of_their_own(tmp_path_factory) -> None:
     if models.is_dir():
         (own / "models").symlink_to(models.resolve())
     os.environ["QLORA_CACHE"] = str(own)
+
+
+@pytest.fixture
+def warm_python(monkeypatch) -> str:
+    """What starts processes of Python starts those that have the libraries already; the file that they are."""
+    monkeypatch.setattr(sys, "executable", warm.executable())
+    return sys.executable
 
 
 @pytest.fixture(scope="session")
@@ -245,8 +254,6 @@ def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
 def supported():
     """`supported(run_dir)`: the run shows what works together, which recipes/support.md says. An entry of the table,
     such as a refusal, will do too. Fails for what is not in it."""
-    import sys
-
     sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
     import support_table
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -355,20 +354,16 @@ def test_the_ladder_names_refinement_and_every_fallback(tiny_recipe, capsys):
 
 def test_ctrl_c_ends_with_130_within_seconds_and_the_run_continues(finished, tmp_path):
     path, whole, _ = finished
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora", "run", str(path), f"output_dir={tmp_path}"],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    errors = tmp_path / "stderr"
+    process = warm.start("run", path, f"output_dir={tmp_path}", env=ENVIRONMENT, stderr=str(errors))
     while not (tmp_path / "whole/checkpoints/checkpoint-3/complete").exists():
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    process.wait(timeout=20)
     assert process.returncode == 130
-    assert "the same command continues" in errors and "Traceback" not in errors
+    told = errors.read_text(encoding="utf-8")
+    assert "the same command continues" in told and "Traceback" not in told
     assert not (tmp_path / "whole/adapter.partial").exists()
     run(path, f"output_dir={tmp_path}")
     assert weights(tmp_path / "whole") == weights(whole)
