@@ -4,8 +4,8 @@ Importing takes several seconds of a core, which is most of what a command on a 
 session imports all that stages use, does nothing else, and forks for every command that it is asked for. The child is
 that command from there on: its own arguments, environment, folder and streams, and it can be killed.
 
-`run` and `start` are `python -m qlora`. `executable` is a file to run in place of `sys.executable`, for what starts
-processes itself; those that its processes start are forked too.
+`start` and `run` are `python -m qlora`, `start_python` and `python` whatever Python can be. `executable` is a file to
+run in place of `sys.executable`, for what starts processes itself; those that its processes start are forked too.
 """
 
 from __future__ import annotations
@@ -92,7 +92,14 @@ def start(
     *arguments: object, env: Mapping[str, str] = os.environ, stdout: str = os.devnull, stderr: str | None = None
 ) -> Process:
     """`python -m qlora ARGUMENTS`; what it prints goes to files, errors to the same one unless they have their own."""
-    return Process(_address(), ["-m", "qlora", *map(str, arguments)], env, None, stdout, stderr or stdout)
+    return start_python("-m", "qlora", *arguments, env=env, stdout=stdout, stderr=stderr)
+
+
+def start_python(
+    *arguments: object, env: Mapping[str, str] = os.environ, stdout: str = os.devnull, stderr: str | None = None
+) -> Process:
+    """`python ARGUMENTS`, which begin with `-m MODULE`, `-c CODE` or the file of a script."""
+    return Process(_address(), [str(each) for each in arguments], env, None, stdout, stderr or stdout)
 
 
 def run(
@@ -105,7 +112,7 @@ def run(
 def python(
     *arguments: object, env: Mapping[str, str] = os.environ, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """`python ARGUMENTS`, which begin with `-m MODULE`, `-c CODE` or the file of a script; once it has ended."""
+    """`python ARGUMENTS` as in `start_python`, once it has ended."""
     with tempfile.TemporaryDirectory() as folder:
         places = [os.path.join(folder, name) for name in ("stdout", "stderr")]
         called = [str(each) for each in arguments]
@@ -116,7 +123,7 @@ def python(
 
 @cache
 def executable() -> str:
-    """A file that takes the arguments of `python` as in `python`, above, and whose `sys.executable` is itself."""
+    """A file that takes the arguments of `start_python`, and whose `sys.executable` is itself."""
     path = f"{_address()}-python"
     program = f"#!{sys.executable} -IS\n{HERE}; sys.exit(warm.become({_address()!r}))\n"
     Path(path).write_text(program, encoding="utf-8")
