@@ -7,6 +7,7 @@ results) is the one in lineage.json and its files are whole. Otherwise it writes
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import subprocess
@@ -14,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -335,14 +335,14 @@ class Pipeline:
             result[f"result of {need}"] = result_digest(outputs)
         return result | {f"version of {name}": version for name, version in versions().items()}
 
-    @cached_property
+    @functools.cached_property
     def _expected(self) -> dict[str, dict[str, float | None]]:
         """What each stage is estimated to take, for the report to compare with."""
         from qlora.workload import expected
 
         return expected(self.state)
 
-    @cached_property
+    @functools.cached_property
     def _digests(self) -> dict[str, Any]:
         with StageProgress("data") as progress:
             self.state.progress = progress.update
@@ -377,8 +377,12 @@ def versions() -> dict[str, str]:
     """Installed versions of the packages that change results."""
     from qlora import __version__
 
-    found = {name: importlib.metadata.version(name) for name in VERSIONED if name != "qlora"}
-    return {"qlora": __version__} | found
+    return {"qlora": __version__} | _versions_of_libraries()
+
+
+@functools.cache
+def _versions_of_libraries() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONED if name != "qlora"}
 
 
 def _cost(cost: Measured) -> str:
