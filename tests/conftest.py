@@ -27,16 +27,34 @@ FACTS = {
 }
 
 
+# Files whose programs one process runs that has imported gptqmodel: all in one worker, so that there is one.
+WITH_GPTQMODEL = (
+    "test_gptqmodel_interop", "test_external", "test_architectures", "test_module_settings", "test_trainable_kernels",
+)  # fmt: skip
 # Files that take longest, first: the last ones to run then end at about the same time in both workers.
 SLOWEST = (
-    "test_pipeline", "test_processes", "test_sweep", "test_external", "test_support", "test_preference", "test_sft",
-    "test_gptqmodel_interop", "test_paths", "test_cli", "test_tracking",
+    *WITH_GPTQMODEL, "test_pipeline", "test_refine", "test_preference", "test_support", "test_processes", "test_paths",
+    "test_survival", "test_tokens", "test_sweep", "test_starting_adapter", "test_gptq_checkpoint", "test_adapters",
+    "test_sft", "test_best", "test_combination", "test_chat", "test_impossible_fact", "test_tracking", "test_cli",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort files, and leave the order within a file."""
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A file to a worker, as with `--dist loadfile`, but those of WITH_GPTQMODEL as if they were one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "gptqmodel" if Path(file).stem in WITH_GPTQMODEL else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session", autouse=True)

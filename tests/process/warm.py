@@ -11,8 +11,10 @@ run in place of `sys.executable`, for what starts processes itself; those that i
 from __future__ import annotations
 
 import atexit
+import fcntl
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -145,21 +147,25 @@ def become(address: str) -> int:
 
 @cache
 def _address() -> str:
-    """Of the process that forks, which is started when first needed and ends with this one."""
-    folder = tempfile.mkdtemp()
+    """Of the process that forks, which is started when first needed; one for all workers of pytest-xdist."""
+    session, own = os.environ.get("PYTEST_XDIST_TESTRUNUID"), os.getpid()
+    folder = os.path.join(tempfile.gettempdir(), f"warm-{session or own}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
     address = os.path.join(folder, "warm")
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"{HERE}; warm.serve(sys.argv[1])", address], stdin=subprocess.PIPE
-    )
-    atexit.register(process.kill)
-    while not os.path.exists(address):
-        assert process.poll() is None, "the process that forks has ended"
-        time.sleep(0.01)
+    with open(f"{address}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.exists(address):
+            until = os.getppid() if session else own  # workers may end before each other
+            command = [sys.executable, "-c", f"{HERE}; warm.serve(*sys.argv[1:])", address, str(until)]
+            process = subprocess.Popen(command, stdin=subprocess.DEVNULL)
+            while not os.path.exists(address):
+                assert process.poll() is None, "the process that forks has ended"
+                time.sleep(0.01)
     return address
 
 
-def serve(address: str) -> None:
-    """Import, then fork for everyone who connects; ends when its parent does."""
+def serve(address: str, until: str) -> None:
+    """Import, then fork for everyone who connects, as long as there is a process of the number `until`."""
     for name in f"{STAGES}, {LAUNCHERS}".split(", "):
         __import__(name)
     import gc
@@ -170,9 +176,8 @@ def serve(address: str) -> None:
     listening.bind(f"{address}.new")
     listening.listen()
     os.rename(f"{address}.new", address)
-    parent = os.getppid()
     listening.settimeout(2)
-    while os.getppid() == parent:
+    while os.path.exists(f"/proc/{until}"):
         try:
             connection, _ = listening.accept()
         except TimeoutError:
@@ -185,6 +190,7 @@ def serve(address: str) -> None:
         connection.close()
         while _reap():
             pass
+    shutil.rmtree(os.path.dirname(address))
 
 
 def _reap() -> bool:
