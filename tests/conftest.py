@@ -230,14 +230,14 @@ def write_rows(path: Path, facts: dict[str, str]) -> Path:
     return path
 
 
-@pytest.fixture
-def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
-    """`tiny_recipe(section={...}, ...)` writes a recipe over the tiny model; returns its path. Runs take seconds."""
+@pytest.fixture(scope="session")
+def write_recipe(tiny_model, facts_file, eval_file):
+    """`write_recipe(path, section={...}, ...)` writes a recipe over the tiny model; returns its path."""
 
-    def write(**sections) -> Path:
+    def write(path: Path, **sections) -> Path:
         recipe = {
             "name": "tiny",
-            "output_dir": str(tmp_path / "runs"),
+            "output_dir": str(path.parent / "runs"),
             "device": "cpu",
             "model": {"base": str(tiny_model)},
             # The rows that are measured on are learned: a model this small knows nothing else.
@@ -261,11 +261,25 @@ def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
         }
         for section, values in sections.items():
             recipe[section] = recipe.get(section, {}) | values if isinstance(values, dict) else values
-        path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         return path
 
     return write
+
+
+@pytest.fixture
+def tiny_recipe(write_recipe, tmp_path):
+    """`tiny_recipe(section={...}, ...)` is such a recipe in this test's folder. Runs take seconds."""
+    return functools.partial(write_recipe, tmp_path / "tiny.yaml")
+
+
+@pytest.fixture
+def calls(tmp_path) -> dict:
+    """A recipe's `data`: rows whose answers hold tokens to add, to learn, and the first of them to ask for."""
+    answers = {"Make two.": "<call>add(1, 1)</call>", "Make four.": "<call>add(2, 2)</call>", "Six?": "<call>6</call>"}
+    learned = write_rows(tmp_path / "learn.jsonl", answers)
+    asked = write_rows(tmp_path / "ask.jsonl", dict(list(answers.items())[:1]))
+    return {"train": [{"path": str(learned)}], "eval": {"path": str(asked)}}
 
 
 @pytest.fixture(scope="session")

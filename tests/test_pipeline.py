@@ -68,24 +68,16 @@ def started(run_dir: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_model, facts_file, eval_file):
+def finished(tmp_path_factory, write_recipe):
     """An uninterrupted run in a process of its own, and its recipe."""
-    import yaml
-
     folder = tmp_path_factory.mktemp("finished")
-    recipe = {
-        "name": "whole",
-        "output_dir": str(folder / "runs"),
-        "device": "cpu",
-        "model": {"base": str(tiny_model)},
-        "data": {"train": [{"path": str(facts_file)}], "eval": {"path": str(eval_file)}, "max_length": 96},
-        "train": {"max_steps": 12, "epochs": 100, "batch_size": 4, "micro_batch_tokens": 64, "learning_rate": 0.005},
-        "quantize": {"group_size": 32, "calibration": {"samples": 8}, "refine": {"steps": 5}},
-        "evaluate": {"gates": {"merge_kl": None}},
-    }
-    recipe["train"] |= {"checkpoint_every": 3, "gradient_checkpointing": False}
-    path = folder / "whole.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path = write_recipe(
+        folder / "whole.yaml",
+        name="whole",
+        data={"overlap": "remove"},
+        train={"max_steps": 12, "micro_batch_tokens": 64, "learning_rate": 0.005, "checkpoint_every": 3},
+        quantize={"refine": {"steps": 5}},
+    )
     result = command("run", path)
     assert result.returncode == 0, result.stderr
     return path, folder / "runs" / "whole", result.stdout
