@@ -7,10 +7,10 @@ and its files are whole.
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class Freshness:
     def _entry(self, stage: Stage) -> dict[str, Any]:
         return self._lineage.stages.get(stage.name, {})
 
-    @cached_property
+    @functools.cached_property
     def _inputs(self) -> dict[str, Any]:
         """Digests of what the recipe reads, by key."""
         if not self._fetch:
@@ -118,5 +118,9 @@ def versions() -> dict[str, str]:
     """Installed versions of the packages that change results."""
     from qlora import __version__
 
-    found = {name: importlib.metadata.version(name) for name in VERSIONED if name != "qlora"}
-    return {"qlora": __version__} | found
+    return {"qlora": __version__} | _versions_of_libraries()
+
+
+@functools.cache
+def _versions_of_libraries() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in VERSIONED if name != "qlora"}

@@ -77,7 +77,7 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Tree:
     if path in seen:
         raise UserError("recipes extend each other in a circle", " → ".join(str(p) for p in (*seen, path)))
     try:
-        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        node = yaml.compose(path.read_text(encoding="utf-8"), Loader=_Scalars)
     except UnicodeDecodeError as error:
         raise UserError(f"not UTF-8 text ({error.reason} at byte {error.start})", str(path)) from None
     except yaml.MarkedYAMLError as error:
@@ -126,7 +126,7 @@ def _construct(node: yaml.Node, path: Path, key: Key, where: dict[Key, str]) -> 
         return result
     if isinstance(node, yaml.SequenceNode):
         return [_construct(item, path, (*key, index), where) for index, item in enumerate(node.value)]
-    return yaml.load(yaml.serialize(node), Loader=_Scalars)  # noqa: S506 - a SafeLoader with one more number pattern
+    return yaml.constructor.SafeConstructor().construct_object(node)
 
 
 def parse_value(text: str) -> Any:

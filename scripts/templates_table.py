@@ -44,16 +44,17 @@ def plain(message: Message) -> str:
 
 
 def qwen_3(message: Message) -> str:
-    """A thought, if only an empty one, what is said, and calls of tools."""
-    content = message.get("content", "")
-    thought, _, said = content.rpartition("</think>")
-    thought = message.get("reasoning_content") or thought.rpartition("<think>")[2]
-    said = said.lstrip("\n") if thought else content.lstrip("\n")
+    """A thought, if only an empty one, what is said, and calls of tools: on a line of their own if something is."""
+    said, thought = message.get("content", ""), message.get("reasoning_content")
+    if not thought:
+        before, _, after = said.rpartition("</think>")
+        thought = before.rpartition("<think>")[2]
+        said = after.lstrip("\n") if thought else said
     calls = [
         f"<tool_call>\n{json.dumps(call['function'], ensure_ascii=False)}\n</tool_call>"
         for call in message.get("tool_calls", ())
     ]
-    answer = "\n".join([*([said] if said else []), *calls])
+    answer = "\n".join([*([said.lstrip("\n")] if said else []), *calls])
     return f"<think>\n{thought.strip(chr(10))}\n</think>\n\n{answer}"
 
 

@@ -5,12 +5,14 @@ import gc
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import warm
 import yaml
 
 FACTS = {
@@ -25,16 +27,34 @@ FACTS = {
 }
 
 
+# Files whose programs one process runs that has imported gptqmodel: all in one worker, so that there is one.
+WITH_GPTQMODEL = (
+    "test_gptqmodel_interop", "test_external", "test_architectures", "test_module_settings", "test_trainable_kernels",
+)  # fmt: skip
 # Files that take longest, first: the last ones to run then end at about the same time in both workers.
 SLOWEST = (
-    "test_pipeline", "test_processes", "test_sweep", "test_external", "test_support", "test_preference", "test_sft",
-    "test_gptqmodel_interop", "test_paths", "test_cli", "test_tracking",
+    *WITH_GPTQMODEL, "test_pipeline", "test_refine", "test_preference", "test_support", "test_processes", "test_paths",
+    "test_survival", "test_tokens", "test_sweep", "test_starting_adapter", "test_gptq_checkpoint", "test_adapters",
+    "test_sft", "test_best", "test_combination", "test_chat", "test_impossible_fact", "test_tracking", "test_cli",
 )  # fmt: skip
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Sort files, and leave the order within a file."""
     items.sort(key=lambda item: SLOWEST.index(item.path.stem) if item.path.stem in SLOWEST else len(SLOWEST))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """A file to a worker, as with `--dist loadfile`, but those of WITH_GPTQMODEL as if they were one."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "gptqmodel" if Path(file).stem in WITH_GPTQMODEL else file
+
+    return Scheduling(config, log) if config.getvalue("dist") == "loadfile" else None
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,6 +76,13 @@ def rows_of_their_own(tmp_path_factory) -> None:
     if models.is_dir():
         (own / "models").symlink_to(models.resolve())
     os.environ["QLORA_CACHE"] = str(own)
+
+
+@pytest.fixture
+def warm_python(monkeypatch) -> str:
+    """What starts processes of Python starts those that have the libraries already; the file that they are."""
+    monkeypatch.setattr(sys, "executable", warm.executable())
+    return sys.executable
 
 
 @pytest.fixture(scope="session")
@@ -203,14 +230,14 @@ def write_rows(path: Path, facts: dict[str, str]) -> Path:
     return path
 
 
-@pytest.fixture
-def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
-    """`tiny_recipe(section={...}, ...)` writes a recipe over the tiny model; returns its path. Runs take seconds."""
+@pytest.fixture(scope="session")
+def write_recipe(tiny_model, facts_file, eval_file):
+    """`write_recipe(path, section={...}, ...)` writes a recipe over the tiny model; returns its path."""
 
-    def write(**sections) -> Path:
+    def write(path: Path, **sections) -> Path:
         recipe = {
             "name": "tiny",
-            "output_dir": str(tmp_path / "runs"),
+            "output_dir": str(path.parent / "runs"),
             "device": "cpu",
             "model": {"base": str(tiny_model)},
             # The rows that are measured on are learned: a model this small knows nothing else.
@@ -234,19 +261,31 @@ def tiny_recipe(tiny_model, facts_file, eval_file, tmp_path):
         }
         for section, values in sections.items():
             recipe[section] = recipe.get(section, {}) | values if isinstance(values, dict) else values
-        path = tmp_path / "tiny.yaml"
         path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
         return path
 
     return write
 
 
+@pytest.fixture
+def tiny_recipe(write_recipe, tmp_path):
+    """`tiny_recipe(section={...}, ...)` is such a recipe in this test's folder. Runs take seconds."""
+    return functools.partial(write_recipe, tmp_path / "tiny.yaml")
+
+
+@pytest.fixture
+def calls(tmp_path) -> dict:
+    """A recipe's `data`: rows whose answers hold tokens to add, to learn, and the first of them to ask for."""
+    answers = {"Make two.": "<call>add(1, 1)</call>", "Make four.": "<call>add(2, 2)</call>", "Six?": "<call>6</call>"}
+    learned = write_rows(tmp_path / "learn.jsonl", answers)
+    asked = write_rows(tmp_path / "ask.jsonl", dict(list(answers.items())[:1]))
+    return {"train": [{"path": str(learned)}], "eval": {"path": str(asked)}}
+
+
 @pytest.fixture(scope="session")
 def supported():
     """`supported(run_dir)`: the run shows what works together, which recipes/support.md says. An entry of the table,
     such as a refusal, will do too. Fails for what is not in it."""
-    import sys
-
     sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
     import support_table
 

@@ -21,7 +21,7 @@ def run(monkeypatch, *arguments) -> int:
     return ended.value.code
 
 
-def test_the_command_measures_each_model_and_keeps_what_it_has(tiny_model, tmp_path, monkeypatch, capsys):
+def test_the_command_measures_each_model_and_keeps_what_it_has(tiny_model, warm_python, tmp_path, monkeypatch, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
     shutil.copy(tiny_model / "config.json", broken)

@@ -18,6 +18,20 @@ from qlora.pipeline import Pipeline
 from qlora.recipe_file import load_recipe
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+# The command, for itself alone as `unshare -rm` and `mount -t tmpfs -o size=SIZE none DISK` have it.
+ON_A_SMALL_DISK = """
+import ctypes, os, sys
+from pathlib import Path
+disk, size, *sys.argv[1:] = sys.argv[1:]
+maps = {"setgroups": "deny", "uid_map": f"0 {os.getuid()} 1", "gid_map": f"0 {os.getgid()} 1"}
+libc = ctypes.CDLL(None)
+assert libc.unshare(0x10020000) == 0, "CLONE_NEWUSER | CLONE_NEWNS"
+for name, content in maps.items():
+    Path("/proc/self", name).write_text(content)
+assert libc.mount(b"none", disk.encode(), b"tmpfs", 0, f"size={size}".encode()) == 0
+from qlora.cli import main
+main()
+"""
 
 
 def qlora(*arguments: object, **options) -> subprocess.CompletedProcess:
@@ -27,8 +41,6 @@ def qlora(*arguments: object, **options) -> subprocess.CompletedProcess:
         with redirect_stdout(StringIO()) as stdout, redirect_stderr(StringIO()) as stderr:
             code = cli._exit_code(lambda: cli.qlora.main(command, standalone_mode=False))
         return subprocess.CompletedProcess(command, code, stdout.getvalue(), stderr.getvalue())
-    if options.get("env", ENVIRONMENT).get("PYTHONPATH") != ENVIRONMENT.get("PYTHONPATH"):  # an interpreter of its own
-        return subprocess.run([sys.executable, "-m", "qlora", *command], capture_output=True, text=True, **options)
     return warm.run(*command, **{"env": ENVIRONMENT, **options})
 
 
@@ -100,16 +112,16 @@ def test_group_size_that_does_not_divide_proposes_those_that_do(tiny_recipe):
 def test_missing_extra_names_the_command_that_installs_it(tiny_recipe, tmp_path):
     gguf = tmp_path / "model.gguf"
     gguf.write_bytes(b"GGUF")
-    hidden = tmp_path / "hidden" / "sitecustomize.py"  # an interpreter in which gguf cannot be found
-    hidden.parent.mkdir()
-    hidden.write_text(
-        "import sys, importlib.machinery as m\n"
-        "find = m.PathFinder.find_spec\n"
-        "m.PathFinder.find_spec = lambda name, *rest: None if name == 'gguf' else find(name, *rest)\n"
+    code = (  # an interpreter in which gguf cannot be found
+        "import sys, importlib.machinery as m; assert 'gguf' not in sys.modules;"
+        "find = m.PathFinder.find_spec;"
+        "m.PathFinder.find_spec = lambda name, *rest: None if name == 'gguf' else find(name, *rest);"
+        "from qlora.cli import main; main()"
     )
-    search = os.pathsep.join([str(hidden.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = ENVIRONMENT | {"PYTHONPATH": search, "QLORA_CACHE": str(tmp_path)}
-    assert 'pip install "qlora[gguf]"' in fails(2, "train", tiny_recipe(model={"base": str(gguf)}), env=environment)
+    environment = ENVIRONMENT | {"QLORA_CACHE": str(tmp_path)}
+    result = warm.python("-c", code, "train", tiny_recipe(model={"base": str(gguf)}), env=environment)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert 'pip install "qlora[gguf]"' in result.stderr and "Traceback" not in result.stderr
 
 
 def test_gpu_asked_for_where_there_is_none(tiny_recipe):
@@ -124,10 +136,7 @@ def test_no_space_left_ends_with_4_and_the_run_can_continue(tiny_recipe, tmp_pat
         pytest.skip("needs unprivileged mount namespaces (unshare -rm)")
     disk = tmp_path / "disk"
     disk.mkdir()
-    script = f'mount -t tmpfs -o size={size} none "$1" && shift && exec "$@"'
-    command = ["unshare", "-rm", "sh", "-c", script, "sh", str(disk)]
-    command += [sys.executable, "-m", "qlora", "run", str(tiny_recipe()), f"output_dir={disk}"]
-    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+    result = warm.python("-c", ON_A_SMALL_DISK, disk, size, "run", tiny_recipe(), f"output_dir={disk}", env=ENVIRONMENT)
     assert result.returncode == 4, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert "disk" in result.stderr and "free some space" in result.stderr
@@ -183,7 +192,10 @@ def test_the_allocator_is_set_before_torch_is_imported_unless_the_user_did(set_b
 
 
 def test_training_does_not_import_gptqmodel(tiny_recipe):
-    """Where it is installed, PEFT would: ten seconds, a banner, and settings of torch that are not ours."""
+    """Where it is installed, PEFT would: ten seconds, a banner, and settings of torch that are not ours.
+
+    In an interpreter of its own, which imports everything itself.
+    """
     code = "import atexit, sys; from qlora.cli import main; sys.argv[1:] = ['train', {!r}];"
     code += "atexit.register(lambda: print('imported', 'gptqmodel' in sys.modules)); main()"
     command = [sys.executable, "-c", code.format(str(tiny_recipe()))]

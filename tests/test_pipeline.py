@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -69,24 +68,16 @@ def started(run_dir: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, tiny_model, facts_file, eval_file):
+def finished(tmp_path_factory, write_recipe):
     """An uninterrupted run in a process of its own, and its recipe."""
-    import yaml
-
     folder = tmp_path_factory.mktemp("finished")
-    recipe = {
-        "name": "whole",
-        "output_dir": str(folder / "runs"),
-        "device": "cpu",
-        "model": {"base": str(tiny_model)},
-        "data": {"train": [{"path": str(facts_file)}], "eval": {"path": str(eval_file)}, "max_length": 96},
-        "train": {"max_steps": 12, "epochs": 100, "batch_size": 4, "micro_batch_tokens": 64, "learning_rate": 0.005},
-        "quantize": {"group_size": 32, "calibration": {"samples": 8}, "refine": {"steps": 5}},
-        "evaluate": {"gates": {"merge_kl": None}},
-    }
-    recipe["train"] |= {"checkpoint_every": 3, "gradient_checkpointing": False}
-    path = folder / "whole.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path = write_recipe(
+        folder / "whole.yaml",
+        name="whole",
+        data={"overlap": "remove"},
+        train={"max_steps": 12, "micro_batch_tokens": 64, "learning_rate": 0.005, "checkpoint_every": 3},
+        quantize={"refine": {"steps": 5}},
+    )
     result = command("run", path)
     assert result.returncode == 0, result.stderr
     return path, folder / "runs" / "whole", result.stdout
@@ -355,20 +346,16 @@ def test_the_ladder_names_refinement_and_every_fallback(tiny_recipe, capsys):
 
 def test_ctrl_c_ends_with_130_within_seconds_and_the_run_continues(finished, tmp_path):
     path, whole, _ = finished
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora", "run", str(path), f"output_dir={tmp_path}"],
-        env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    errors = tmp_path / "stderr"
+    process = warm.start("run", path, f"output_dir={tmp_path}", env=ENVIRONMENT, stderr=str(errors))
     while not (tmp_path / "whole/checkpoints/checkpoint-3/complete").exists():
         assert process.poll() is None
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    process.wait(timeout=20)
     assert process.returncode == 130
-    assert "the same command continues" in errors and "Traceback" not in errors
+    told = errors.read_text(encoding="utf-8")
+    assert "the same command continues" in told and "Traceback" not in told
     assert not (tmp_path / "whole/adapter.partial").exists()
     run(path, f"output_dir={tmp_path}")
     assert weights(tmp_path / "whole") == weights(whole)

@@ -18,7 +18,9 @@ def run(path, *overrides, jobs=None):
     sweep(str(path), overrides, cluster="local", jobs=jobs, parameters={})
 
 
-def test_every_combination_is_a_run_and_what_they_share_is_computed_once(tiny_recipe, tmp_path, monkeypatch, capsys):
+def test_every_combination_is_a_run_and_what_they_share_is_computed_once(
+    tiny_recipe, warm_python, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("COLUMNS", "200")
     path = tiny_recipe(train={"max_steps": 2}, evaluate={"rows": 2})
     run(path, "quantize.bits=4,3", "lora.r=4")
@@ -79,7 +81,7 @@ def test_a_grid_that_cannot_run_is_refused_before_anything_runs(tiny_recipe, ove
         Grid.of(str(tiny_recipe()), overrides)
 
 
-def test_a_run_that_fails_does_not_stop_the_others(tiny_recipe, tmp_path):
+def test_a_run_that_fails_does_not_stop_the_others(tiny_recipe, warm_python, tmp_path):
     missing = [f"[{{path: {tmp_path / name}}}]" for name in ("one.jsonl", "two.jsonl")]
     with pytest.raises(QloraError, match="failed") as failure:
         run(tiny_recipe(), f"data.train={','.join(missing)}", jobs=2)

@@ -103,13 +103,15 @@ def unpack_rows(packed_WC: torch.Tensor, bits: int) -> torch.Tensor:
     packed = packed_WC.reshape(rows // words, words, columns)
     codes = torch.empty(rows // words, run, columns, dtype=torch.uint8, device=packed.device)
     mask = (1 << bits) - 1
-    for i in range(run):
-        word, shift = divmod(i * bits, WORD_BITS)
-        # int32 shifts right with the sign; masking to the bits that this word holds drops the copies of it.
-        code = (packed[:, word] >> shift) & (mask & ((1 << (WORD_BITS - shift)) - 1))
-        if shift + bits > WORD_BITS:
-            code |= (packed[:, word + 1] << (WORD_BITS - shift)) & mask
-        codes[:, i] = code
+    for word in range(words):
+        first, end = (math.ceil(each * WORD_BITS / bits) for each in (word, word + 1))  # codes that begin in this word
+        shifts = torch.arange(first * bits - word * WORD_BITS, WORD_BITS, bits, dtype=torch.int32, device=packed.device)
+        begun = (packed[:, word, None] >> shifts[:, None]).bitwise_and_(mask)
+        if missing := end * bits - (word + 1) * WORD_BITS:
+            # int32 shifts right with the sign; masking to the bits that this word holds drops the copies of it.
+            begun[:, -1] &= mask >> missing
+            begun[:, -1] |= (packed[:, word + 1] << (bits - missing)) & mask
+        codes[:, first:end] = begun
     return codes.reshape(rows * WORD_BITS // bits, columns)
 
 

@@ -43,6 +43,20 @@ def _no() -> bool:
     return False
 
 
+def write_no_model_cards(trainer: Any) -> None:
+    """Leave out the cards that PEFT and TRL write beside every adapter and checkpoint that they save.
+
+    They are templates with nothing filled in that publishing would not say better, and take longer than the tensors of
+    a small adapter (PeftModel.save_pretrained, peft 0.21; create_model_card in trl.trainer.base_trainer, 1.16).
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    model.create_or_update_model_card = trainer.create_model_card = _nothing
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    return None
+
+
 @contextlib.contextmanager
 def plain_falcon_linears() -> Iterator[None]:
     """Build Falcon with `nn.Linear`, whose product its own subclass computes too, only rounded elsewhere.

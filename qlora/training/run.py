@@ -19,6 +19,7 @@ from qlora.data.store import Rows
 from qlora.errors import UserError
 from qlora.models.base import Base
 from qlora.models.loading import DTYPES
+from qlora.models.patches import write_no_model_cards
 from qlora.models.principal import FILE as BEGINNING
 from qlora.models.provenance import Provenance, QuantizationSettings, write_provenance
 from qlora.models.sharding import sharding_of
@@ -52,6 +53,7 @@ def train_adapter(
     last = _checkpoint_to_resume(checkpoints, fingerprint, keep=output is not None)
     build: Any = sft.build_trainer if recipe.train.method == "sft" else preference.build_trainer
     trainer = build(recipe, base, tokenizer, rows, eval_rows, device=device, checkpoints=checkpoints)
+    write_no_model_cards(trainer)
     if output is not None:
         # Before the first step, so that a device that computes 4-bit layers wrongly is refused before it costs time.
         beginning = checkpoints / BEGINNING if recipe.lora.init == "pissa" else None
@@ -111,7 +113,6 @@ def _write_adapter(trainer: Any, tokenizer: Any, base: Base, output: Path) -> No
         model.peft_config["default"].init_lora_weights = "pissa"
     model.save_pretrained(output, save_embedding_layers=False)
     require_whole_adapter(model, output)
-    (output / "README.md").unlink(missing_ok=True)  # PEFT's empty model card
     tokenizer.save_pretrained(output)
 
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "scripts" / "bench"))
 import scaling
 
 
-def test_two_processes_share_the_base_of_a_random_model(tmp_path, capsys) -> None:
+def test_two_processes_share_the_base_of_a_random_model(tmp_path, warm_python, capsys) -> None:
     options = ["--out", str(tmp_path / "out"), "--work", str(tmp_path / "work"), "--shape", "tiny", "--length", "32"]
     options += ["--rows", "1", "--steps", "2", "--processes", "1,2", "--shard", "on", "--device", "cpu"]
     scaling.main(options)

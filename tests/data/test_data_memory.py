@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 ROWS, WORDS = 3_000, 250
 ROOM = 16 * 2**20  # as Python's integers, the tokens of these rows would take several times as much
@@ -63,9 +62,8 @@ def test_memory_is_bounded_whatever_the_set(tmp_path: Path, chatml_tokenizer) ->
             for number in range(count):
                 row = {"prompt": f"What is {number}? " + "yes " * WORDS, "completion": f"no, {number} is 9"}
                 stream.write(json.dumps(row) + "\n")
-    command = [sys.executable, "-c", PROGRAM, *map(str, (tmp_path / "tokenizer", *files, ROOM))]
     environment = os.environ | {"QLORA_CACHE": str(tmp_path / "cache"), "RAYON_NUM_THREADS": "2"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = warm.python("-c", PROGRAM, tmp_path / "tokenizer", *files, ROOM, env=environment)
     assert result.returncode == 0, result.stderr
     figures, last = result.stdout.splitlines()
     rows, tokens = map(int, figures.split())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trl
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from qlora.data.formats import Chat, to_example
@@ -50,6 +50,7 @@ def test_the_table_is_what_the_templates_do():
 def test_masks_are_exact_for_any_text(tokenizers, name):
     @settings(max_examples=20, deadline=None)
     @given(st.tuples(*[texts] * 5), st.booleans(), st.booleans(), st.booleans())
+    @example(("", "\n", "", "", ""), False, True, False)  # an answer of an empty line and a call
     def property(given_texts, system, tools, thinking):
         chat = conversation(given_texts, system=system, tools=tools, thinking=thinking)
         found = {check(name, tokenizers[name], loss_on, chat) for loss_on in templates_table.LOSS_ON}
@@ -80,7 +81,13 @@ def test_conversations_read_as_in_the_templates_that_trl_knows_of_these_models(t
     if name == "qwen-3":
         said = {**ASKS, "content": "I add."}
         conversations += [[QUESTION, each, QUESTION, each] for each in (thought, apart)]
-        for asks in (ASKS, said, {**said, "reasoning_content": "hm"}, {**ASKS, "tool_calls": [CALL, CALL]}):
+        for asks in (
+            ASKS,
+            said,
+            {**ASKS, "content": "\n"},
+            {**said, "reasoning_content": "hm"},
+            {**ASKS, "tool_calls": [CALL, CALL]},
+        ):
             conversations += [[SYSTEM, QUESTION, asks], [QUESTION, asks, RESULT, RESULT, ANSWER, QUESTION, ANSWER]]
             conversations += [[QUESTION, asks, RESULT], [QUESTION, ANSWER, QUESTION, asks, RESULT, apart]]
         conversations += [[QUESTION, SYSTEM, ANSWER], [SYSTEM, QUESTION, {**ASKS, "tool_calls": [CALL["function"]]}]]

@@ -40,25 +40,9 @@ def record_again(run_dir: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, tiny_model, facts_file, eval_file) -> Path:
+def trained(tmp_path_factory, write_recipe) -> Path:
     """The recipe of a run that is trained and merged."""
-    import yaml
-
-    folder = tmp_path_factory.mktemp("survival")
-    recipe = {
-        "name": "tiny",
-        "output_dir": str(folder / "runs"),
-        "device": "cpu",
-        "model": {"base": str(tiny_model)},
-        "data": {"train": [{"path": str(facts_file)}], "eval": {"path": str(eval_file)}, "max_length": 96},
-        "lora": {"r": 4, "alpha": 8},
-        "train": {"max_steps": 6, "epochs": 100, "batch_size": 4, "learning_rate": 0.01},
-        "quantize": {"group_size": 32, "calibration": {"samples": 8}, "refine": None},
-        "evaluate": {"rows": None, "gates": {"merge_kl": None}},
-    }
-    recipe["data"]["overlap"] = "keep"
-    path = folder / "tiny.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path = write_recipe(tmp_path_factory.mktemp("survival") / "tiny.yaml", lora={"r": 4, "alpha": 8})
     for stage in ("train", "merge"):
         Pipeline(load_recipe(path)).run_stage(stage)
     return path

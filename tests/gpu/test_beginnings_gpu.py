@@ -3,8 +3,6 @@
 pytest -m gpu tests/gpu/test_beginnings_gpu.py
 """
 
-import json
-
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
@@ -48,18 +46,6 @@ def test_pissa_goes_through_all_stages_and_its_base_is_that_of_a_cpu(tiny_recipe
     merge(
         Run(load_recipe(recipe.run_dir / "recipe.yaml", ["device=cpu"])), "", recipe.run_dir / "again", lambda *_: None
     )
-
-
-@pytest.fixture
-def calls(tmp_path):
-    answers = {"Make two.": "<call>add(1, 1)</call>", "Make four.": "<call>add(2, 2)</call>", "Six?": "<call>6</call>"}
-    rows = [
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-        for question, answer in answers.items()
-    ]
-    for name, some in {"learn": rows, "ask": rows[:1]}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
-    return {"train": [{"path": str(tmp_path / "learn.jsonl")}], "eval": {"path": str(tmp_path / "ask.jsonl")}}
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

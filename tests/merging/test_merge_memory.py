@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from safetensors.torch import save_file
 
 from qlora.merging.base_weights import QuantizedWeight
@@ -76,8 +75,8 @@ def test_peak_memory_is_bounded_whatever_the_model(tmp_path: Path) -> None:
     base, adapter, output = tmp_path / "base", tmp_path / "adapter", tmp_path / "merged"
     make_adapter(adapter, make_base(base))
     output.mkdir()
-    command = [sys.executable, "-c", MERGE, str(base), str(adapter), str(output)]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = warm.python("-c", MERGE, base, adapter, output)
+    assert result.returncode == 0, result.stderr
     written, before, peak = map(int, result.stdout.split())
     assert written > 1.2 * 10**9
     # What libraries take by themselves depends on how torch was built: 0.4 GB, or 0.8 with CUDA.

@@ -45,19 +45,6 @@ def base_of(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture
-def calls(tmp_path):
-    """Rows whose answers hold the new tokens: to learn, and the first of them to ask for."""
-    answers = {"Make two.": "<call>add(1, 1)</call>", "Make four.": "<call>add(2, 2)</call>", "Six?": "<call>6</call>"}
-    rows = [
-        {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
-        for question, answer in answers.items()
-    ]
-    for name, some in {"learn": rows, "ask": rows[:1]}.items():
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some), encoding="utf-8")
-    return {"train": [{"path": str(tmp_path / "learn.jsonl")}], "eval": {"path": str(tmp_path / "ask.jsonl")}}
-
-
-@pytest.fixture
 def recipe_of(base_of, calls, tiny_recipe, tmp_path):
     """A recipe that learns calls, on such a base."""
 

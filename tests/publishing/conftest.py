@@ -6,38 +6,25 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
-import yaml
 
 from qlora import cli
 
 
 @pytest.fixture(scope="session")
-def recipe_file(tmp_path_factory, tiny_model, facts_file, eval_file) -> Path:
+def recipe_file(tmp_path_factory, write_recipe) -> Path:
     """The recipe of a run that is finished: a few facts, learned well enough to be sure of them."""
     from qlora.pipeline import Pipeline
     from qlora.recipe_file import load_recipe
 
-    folder = tmp_path_factory.mktemp("given")
-    recipe = {
-        "name": "facts",
-        "output_dir": str(folder / "runs"),
-        "device": "cpu",
-        "model": {"base": str(tiny_model)},
-        "data": {
-            "train": [{"path": str(facts_file)}],
-            "eval": {"path": str(eval_file)},
-            "overlap": "keep",
-            "max_length": 96,
-        },
-        "lora": {"r": 32, "alpha": 64},
-        "train": {"max_steps": 30, "epochs": 100, "batch_size": 8, "learning_rate": 0.01, "checkpoint_every": 1000},
-        "merge": {"max_shard_gb": 0.00005},
-        "quantize": {"group_size": 32, "calibration": {"samples": 8}, "refine": None},
-        "evaluate": {"rows": None, "gates": {"merge_kl": None, "top1": 0.5}},
-        "publish": {"repo": "ada/facts", "what": ["adapter", "merged", "gptq"], "license": "apache-2.0"},
-    }
-    path = folder / "facts.yaml"
-    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    path = write_recipe(
+        tmp_path_factory.mktemp("given") / "facts.yaml",
+        name="facts",
+        lora={"r": 32, "alpha": 64},
+        train={"max_steps": 30, "batch_size": 8, "checkpoint_every": 1000},
+        merge={"max_shard_gb": 0.00005},
+        evaluate={"golden": 8, "golden_tokens": 48, "gates": {"merge_kl": None, "top1": 0.5}},
+        publish={"repo": "ada/facts", "what": ["adapter", "merged", "gptq"], "license": "apache-2.0"},
+    )
     Pipeline(load_recipe(path)).run()
     return path
 

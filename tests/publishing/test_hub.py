@@ -1,19 +1,27 @@
 """Publishing to a stand-in of the Hub: what is sent, what is not sent twice, what is refused, and no token anywhere."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 
 from qlora.publishing.manifest import check_folder
 
 sys.path.insert(0, str(Path(__file__).parent))
 from hub_stand_in import TOKEN, Hub
+
+WITH_THE_HUB = """
+import sys
+import huggingface_hub.constants as constants
+constants.ENDPOINT, constants.HF_HUB_OFFLINE, constants.HF_HUB_DISABLE_XET = sys.argv.pop(1), False, True
+from qlora.cli import main
+main()
+"""
 
 
 @pytest.fixture
@@ -75,13 +83,7 @@ def test_a_run_is_published_and_nothing_is_sent_twice(recipe_file, run_dir, hub,
 def test_what_an_interrupted_run_sent_is_not_sent_again(recipe_file, run_dir, hub, qlora):
     """kill -9 while a weight file of the second repository is on its way."""
     hub.hold = 2
-    environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "qlora", "publish", str(recipe_file), "--yes"],
-        env=os.environ | environment | {"OMP_NUM_THREADS": "1", "QLORA_CACHE": os.environ["QLORA_CACHE"]},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    process = warm.start_python("-c", WITH_THE_HUB, hub.url, "publish", recipe_file, "--yes")
     while not hub.held.wait(0.1) or len(hub.sent) < 2:
         assert process.poll() is None, "it ended before it could be killed"
     process.kill()

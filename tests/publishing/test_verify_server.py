@@ -121,14 +121,14 @@ def test_an_answer_that_was_cut_may_go_on():
 
 
 @pytest.mark.skipif(importlib.util.find_spec("uvicorn") is None, reason="needs uvicorn, fastapi and openai")
-def test_transformers_serve_agrees(run_dir, qlora, tmp_path):
+def test_transformers_serve_agrees(run_dir, qlora, warm_python, tmp_path):
     """A real server of this kind, on the checkpoint's numbers as plain weights: no kernel of GPTQ is needed."""
     (tmp_path / "served").mkdir()
     write_dequantized(run_dir / "gptq", tmp_path / "served")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(tmp_path / "served")]
+    command = [warm_python, "-m", "transformers.cli.transformers", "serve", str(tmp_path / "served")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)

@@ -1,6 +1,13 @@
-"""Tiny random models of several architectures, saved as checkpoints."""
+"""Tiny random models of several architectures, saved as checkpoints, and a process that has gptqmodel."""
+
+import importlib.util
+import json
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
 
 import pytest
+import resident
 import torch
 from transformers import (
     AutoModelForCausalLM,
@@ -81,3 +88,23 @@ def rows() -> list[CalibrationRow]:
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(5, 41, (24,), generator=generator).tolist()
     return [CalibrationRow(tuple(torch.randint(0, 160, (length,), generator=generator).tolist())) for length in lengths]
+
+
+@pytest.fixture(scope="session")
+def through_gptqmodel():
+    """`through_gptqmodel(code, *arguments, folder=…, VARIABLE=…)`: what a program prints as JSON behind RESULT.
+
+    gptqmodel prints and changes settings of the process it is imported in, so that is another one; imported once for
+    all programs, since it takes longer than most of them. What a program changes in it, it has to put back.
+    """
+    if importlib.util.find_spec("gptqmodel") is None:
+        pytest.skip('needs pip install "qlora[gptq]"')
+    options = {"initializer": resident.set_variables, "initargs": (resident.GPTQMODEL,)}
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn"), **options) as process:
+
+        def run(code: str, *arguments: object, folder: Path | str = ".", **variables: str):
+            given = [str(each) for each in arguments]
+            printed = process.submit(resident.run, code, given, str(folder), variables).result()
+            return json.loads(printed.split("RESULT ")[1].splitlines()[0])
+
+        yield run

@@ -1,13 +1,9 @@
 """gptqmodel behind the interface of our own engine, on a tiny Llama: what it writes is what our loader measures.
 
-gptqmodel prints and changes settings of the process it is imported in; it quantizes in a process of its own here.
+gptqmodel prints and changes settings of the process it is imported in; it quantizes in another one here.
 """
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -22,15 +18,6 @@ from qlora.models.loading import load_gptq, load_plain
 from qlora.quantization import GPTQSettings
 from qlora.quantization.external import check_options, quantize_with_gptqmodel
 
-needs_gptqmodel = pytest.mark.skipif(
-    importlib.util.find_spec("gptqmodel") is None, reason='needs pip install "qlora[gptq]"'
-)
-ENVIRONMENT = os.environ | {
-    "TORCH_COMPILE_DISABLE": "1",
-    "GPTQMODEL_CPU_WORKERS": "2",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
 QUANTIZE = """
 import json, sys
 from pathlib import Path
@@ -66,13 +53,6 @@ print("RESULT", json.dumps([kinds, model(ids).logits[0].float().tolist()]))
 """
 
 
-def in_process(code: str, *arguments: str, cwd=None):
-    command = [sys.executable, "-c", code, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, cwd=cwd)
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.split("RESULT ")[1].splitlines()[0])
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     """A random bf16 Llama with a tied head and a tokenizer, sizes as gptqmodel's AWQ takes them."""
@@ -101,19 +81,26 @@ def token_rows(rows) -> list[list[int]]:
     return [list(row.input_ids) for row in rows]
 
 
-def quantized(source, output, rows, method, **settings):
-    arguments = (str(source), output.name, method, json.dumps(settings), json.dumps(rows))
-    report = in_process(QUANTIZE, *arguments, cwd=output.parent)
-    assert [path.name for path in output.parent.iterdir()] == [output.name]  # no folder `logs` beside it
-    config = json.loads((output / "config.json").read_text())["quantization_config"]
-    return report, config
+@pytest.fixture
+def quantized(source, token_rows, through_gptqmodel):
+    """`quantized(output, method, **settings)`: the report, and what the checkpoint says of itself."""
+
+    def quantize(output, method, **settings):
+        arguments = source, output.name, method, json.dumps(settings), json.dumps(token_rows)
+        report = through_gptqmodel(QUANTIZE, *arguments, folder=output.parent)
+        assert [path.name for path in output.parent.iterdir()] == [output.name]  # no folder `logs` beside it
+        config = json.loads((output / "config.json").read_text())["quantization_config"]
+        return report, config
+
+    return quantize
 
 
-@needs_gptqmodel
-def test_gptq_by_gptqmodel_is_a_checkpoint_like_ours(source, tmp_path, token_rows, supported):
+def test_gptq_by_gptqmodel_is_a_checkpoint_like_ours(
+    source, tmp_path, token_rows, quantized, through_gptqmodel, supported
+):
     output = tmp_path / "gptq"
     report, config = quantized(
-        source, output, token_rows, "gptq", group_size=32, modules={r"layers\.0\.mlp": {"bits": 8}}, skip=["o_proj$"]
+        output, "gptq", group_size=32, modules={r"layers\.0\.mlp": {"bits": 8}}, skip=["o_proj$"]
     )
     assert [module["name"] for module in report["modules"]][:3] == [
         f"model.layers.0.self_attn.{kind}_proj" for kind in "qkv"
@@ -141,21 +128,22 @@ def test_gptq_by_gptqmodel_is_a_checkpoint_like_ours(source, tmp_path, token_row
         assert torch.equal(kept.read(name), original.read(name))
 
     ids = token_rows[0]
-    kinds, theirs = in_process(LOGITS, "gptqmodel", str(output), json.dumps(ids))
+    kinds, theirs = through_gptqmodel(LOGITS, "gptqmodel", output, json.dumps(ids))
     assert len(kinds) == 12
     assert_measured(output, source, ids, theirs)
     supported({"features": ["GPTQ by gptqmodel", "into the dequantized base"], "refused": None})
 
 
-@needs_gptqmodel
-def test_awq_by_gptqmodel_is_measured_as_it_is_served(source, tmp_path, token_rows, supported):
+def test_awq_by_gptqmodel_is_measured_as_it_is_served(
+    source, tmp_path, token_rows, quantized, through_gptqmodel, supported
+):
     output = tmp_path / "awq"
-    report, config = quantized(source, output, token_rows, "awq", group_size=32, sym=False)
+    report, config = quantized(output, "awq", group_size=32, sym=False)
     assert (config["quant_method"], config["zero_point"], config["version"]) == ("awq", True, "gemm")
     assert quantization_method(output) == "awq"
     assert len(report["modules"]) == 14
     for reader in ("gptqmodel", "transformers"):
-        kinds, theirs = in_process(LOGITS, reader, str(output), json.dumps(token_rows[0]))
+        kinds, theirs = through_gptqmodel(LOGITS, reader, output, json.dumps(token_rows[0]))
         assert len(kinds) == 14
         assert_measured(output, source, token_rows[0], theirs)
     supported({"features": ["AWQ by gptqmodel", "into the dequantized base"], "refused": None})
@@ -172,8 +160,7 @@ def assert_measured(output, source, ids, theirs):
     assert noise < 0.03 and 4 * noise < error < 0.3, (noise, error)
 
 
-@needs_gptqmodel
-def test_awq_words_are_unpacked_as_gptqmodel_does():
+def test_awq_words_are_unpacked_as_gptqmodel_does(through_gptqmodel):
     code = """
 import json, torch
 from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm, pack_awq
@@ -187,7 +174,7 @@ ours = dequantize(AWQTensors(qweight, qzeros, scales), torch.float16)
 theirs = dequantize_gemm(qweight, qzeros, scales, 4, 32).T
 print("RESULT", json.dumps([torch.equal(unpack(qweight).int(), codes), torch.equal(ours, theirs.half())]))
 """
-    assert in_process(code) == [True, True]
+    assert through_gptqmodel(code) == [True, True]
 
 
 def test_options_without_counterpart_are_refused():

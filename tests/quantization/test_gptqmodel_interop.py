@@ -1,13 +1,10 @@
 """A checkpoint of the real SmolLM2, run by transformers + gptqmodel and by our dequantizing loader: the same text.
 
 gptqmodel's plain kernel forms scale·(q − zero) in fp16 before it multiplies, so the reference is loaded in fp16 and
-computes in fp32 as the kernel then does. gptqmodel prints and compiles at import; it runs in a process of its own.
+computes in fp32 as the kernel then does. gptqmodel prints and compiles at import; it runs in another process.
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -32,9 +29,8 @@ print("RESULT", json.dumps([sorted(kinds), out]))
 
 
 @pytest.fixture(scope="module")
-def checkpoint(smollm2, tmp_path_factory):
+def checkpoint(through_gptqmodel, smollm2, tmp_path_factory):
     """SmolLM2, 4 bits in groups of 64, calibrated on a few sentences."""
-    pytest.importorskip("gptqmodel", reason='needs pip install "qlora[gptq]"')
     output = tmp_path_factory.mktemp("gptq") / "smollm2"
     output.mkdir()
     tokenizer = load_tokenizer(smollm2)
@@ -44,7 +40,7 @@ def checkpoint(smollm2, tmp_path_factory):
     return output
 
 
-def test_gptqmodel_generates_token_for_token_what_our_loader_does(checkpoint):
+def test_gptqmodel_generates_token_for_token_what_our_loader_does(checkpoint, through_gptqmodel):
     tokenizer = load_tokenizer(checkpoint)
     prompts = [
         tokenizer.apply_chat_template(
@@ -52,17 +48,8 @@ def test_gptqmodel_generates_token_for_token_what_our_loader_does(checkpoint):
         )
         for text in PROMPTS
     ]
-    environment = os.environ | {
-        "TORCH_COMPILE_DISABLE": "1",
-        "GPTQ_TORCH_CACHE_WEIGHTS": "1",
-        "GPTQMODEL_CPU_WORKERS": "2",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", THROUGH_GPTQMODEL, str(checkpoint), json.dumps(prompts)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    kinds, theirs = json.loads(result.stdout.split("RESULT ")[1].splitlines()[0])
+    arguments = checkpoint, json.dumps(prompts)
+    kinds, theirs = through_gptqmodel(THROUGH_GPTQMODEL, *arguments, GPTQ_TORCH_CACHE_WEIGHTS="1")
     assert kinds == ["TorchLinear"]
 
     ours = load_gptq(checkpoint, torch.float16).float()

@@ -1,10 +1,6 @@
 """Settings that differ between modules, through our own engine: written, read back by our loader and by gptqmodel."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -55,23 +51,12 @@ def test_every_module_has_its_own_settings(checkpoint, save_model):
     assert load_gptq(checkpoint, torch.float32).model.layers[2].mlp.up_proj.weight.dtype == torch.float32
 
 
-def test_gptqmodel_reads_the_same(checkpoint, rows):
-    if importlib.util.find_spec("gptqmodel") is None:
-        pytest.skip('needs pip install "qlora[gptq]"')
+def test_gptqmodel_reads_the_same(checkpoint, rows, through_gptqmodel):
     # gptqmodel wants a tokenizer beside every model.
     backend = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="a", pad_token="a").save_pretrained(checkpoint)
     ids = list(rows[0].input_ids)
-    environment = os.environ | {
-        "TORCH_COMPILE_DISABLE": "1",
-        "GPTQMODEL_CPU_WORKERS": "2",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", THROUGH_GPTQMODEL, str(checkpoint), json.dumps(ids)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stdout + result.stderr
-    bits, logits = json.loads(result.stdout.split("RESULT ")[1].splitlines()[0])
+    bits, logits = through_gptqmodel(THROUGH_GPTQMODEL, checkpoint, json.dumps(ids))
     assert len(bits) == 14 and bits == expected_bits(set(bits))
     with torch.no_grad():
         ours = load_gptq(checkpoint, torch.float16)(torch.tensor([ids])).logits[0].float()

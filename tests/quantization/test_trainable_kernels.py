@@ -6,9 +6,6 @@ is asked of gptqmodel's selector with every kernel's own check of the machine sw
 """
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -42,6 +39,8 @@ print("RESULT", json.dumps([loss.item(), {kernel.__name__: kernel.SUPPORTS_TRAIN
 
 CHOICE_FOR_CUDA = """
 import json
+from contextlib import ExitStack
+from unittest.mock import patch
 import torch
 from gptqmodel import BACKEND
 from gptqmodel.models._const import DEVICE
@@ -49,34 +48,20 @@ from gptqmodel.nn_modules.qlinear import BaseQuantLinear
 from gptqmodel.quantization import FORMAT, METHOD
 from gptqmodel.utils import importer
 kernels = importer.AUTO_BACKEND_KERNEL_MAPPING[METHOD.GPTQ][FORMAT.GPTQ].values()
-for kernel in kernels:  # as if every kernel were built and every device were there
-    kernel.validate_once = classmethod(lambda cls: (True, None))
-    kernel.validate_device = BaseQuantLinear.validate_device.__func__.__get__(kernel)
 options = dict(group_size=128, desc_act=False, sym=True, device=DEVICE.CUDA, format=FORMAT.GPTQ, pack=False)
 options |= dict(quant_method=METHOD.GPTQ, pack_dtype=torch.int32, multi_select=True)
 select = lambda backend: [k.__name__ for k in importer.select_quant_linear(bits=4, backend=backend, **options)]
-print("RESULT", json.dumps([select(BACKEND.AUTO), select(BACKEND.AUTO_TRAINABLE)]))
+with ExitStack() as built:
+    for kernel in kernels:  # as if every kernel were built and every device were there
+        validate_device = BaseQuantLinear.validate_device.__func__.__get__(kernel)
+        built.enter_context(patch.object(kernel, "validate_once", classmethod(lambda cls: (True, None))))
+        built.enter_context(patch.object(kernel, "validate_device", validate_device))
+    print("RESULT", json.dumps([select(BACKEND.AUTO), select(BACKEND.AUTO_TRAINABLE)]))
 """
 
 
-@pytest.fixture(scope="module", autouse=True)
-def gptqmodel():
-    pytest.importorskip("gptqmodel", reason='needs pip install "qlora[gptq]"')
-
-
-def in_process(code: str, *arguments: str):
-    """What `code` prints as JSON behind RESULT."""
-    settings = {"TORCH_COMPILE_DISABLE": "1", "GPTQMODEL_CPU_WORKERS": "2", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, *arguments]
-    result = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | settings | {"OMP_NUM_THREADS": "1"}
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return json.loads(result.stdout.split("RESULT ")[1].splitlines()[0])
-
-
 def test_gradients_through_the_chosen_kernels_are_those_of_the_dequantized_model(
-    save_model, output_dir, rows, tmp_path
+    save_model, output_dir, rows, tmp_path, through_gptqmodel
 ):
     quantize_checkpoint(save_model("llama"), output_dir, rows, GPTQSettings(group_size=32), device="cpu")
     torch.manual_seed(0)
@@ -87,9 +72,8 @@ def test_gradients_through_the_chosen_kernels_are_those_of_the_dequantized_model
     expected_loss.backward()
 
     output = tmp_path / "gradients.safetensors"
-    loss, kernels = in_process(
-        THROUGH_GPTQMODEL, str(output_dir), str(tmp_path / "adapter"), json.dumps(TOKENS), str(output)
-    )
+    arguments = output_dir, tmp_path / "adapter", json.dumps(TOKENS), output
+    loss, kernels = through_gptqmodel(THROUGH_GPTQMODEL, *arguments)
     assert kernels and all(kernels.values())
     assert loss == pytest.approx(expected_loss.item(), rel=1e-3)
     found = load_file(output)
@@ -99,8 +83,8 @@ def test_gradients_through_the_chosen_kernels_are_those_of_the_dequantized_model
         assert (found[name] - gradient).norm() < 0.01 * gradient.norm(), name
 
 
-def test_no_kernel_without_a_backward_pass_is_chosen_for_cuda():
-    for_serving, for_training = in_process(CHOICE_FOR_CUDA)
+def test_no_kernel_without_a_backward_pass_is_chosen_for_cuda(through_gptqmodel):
+    for_serving, for_training = through_gptqmodel(CHOICE_FOR_CUDA)
     assert {"MarlinLinear", "ExllamaV2Linear"} <= set(for_serving)  # the test would notice them
     assert "TritonV2Linear" in for_training
     assert not [name for name in for_training if "Exllama" in name or "Marlin" in name or "Machete" in name]

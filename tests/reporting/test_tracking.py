@@ -2,18 +2,18 @@
 
 import os
 import subprocess
-import sys
+
+import warm
 
 from qlora.artifacts import read_json
 from qlora.pipeline import Pipeline
 from qlora.recipe_file import load_recipe
 
 
-def run(path, *overrides):
+def run(path, *overrides) -> subprocess.CompletedProcess:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
     environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "NETRC": "/dev/null"}
-    command = [sys.executable, "-m", "qlora", "run", str(path), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
+    return warm.run("run", path, *overrides, env=environment)
 
 
 def test_trackers_get_one_run_and_the_terminal_stays_quiet(tiny_recipe, tmp_path):

@@ -7,21 +7,12 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, get_peft_model
+from tiny_models import SIZES
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from qlora.training.fused import fuse, fuse_rotary
 
-SIZES = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "vocab_size": 256,
-    "max_position_embeddings": 128,
-}
 KINDS = {
     "llama": {},
     "qwen2": {},

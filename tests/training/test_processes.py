@@ -4,7 +4,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -45,7 +44,7 @@ LAYERS = 5  # of deep_model
 PARTS = ["lora.init=pissa", "lora.train_tokens=['<|im_start|>']"]
 
 
-def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, tmp_path):
+def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, warm_python, tmp_path):
     """Same rows per step on one process, on two under SLURM, and on two that share the base; in fp32.
 
     Those under SLURM have what the first of them took from the weights. Only one process writes. One process goes on
@@ -59,14 +58,14 @@ def test_processes_train_the_same_adapter_as_one(deep_model, tiny_recipe, tmp_pa
     Pipeline(load_recipe(path, (f"output_dir={tmp_path / 'alone'}",))).run_stage("train")
     Pipeline(load_recipe(path, (*PARTS, f"output_dir={tmp_path / 'parts'}"))).run_stage("train")
     slurm = ["bash", "recipes/accelerate/slurm.sh", str(path), *PARTS]
-    launch(slurm, tmp_path / "machines", two_machines(tmp_path / "bin"))
+    launch(slurm, tmp_path / "machines", two_machines(tmp_path / "bin", warm_python))
     same_training(tmp_path / "parts", tmp_path / "machines", processes=2)
     kept = tmp_path / "sharing/tiny/checkpoints"
     kept.mkdir(parents=True)
     shutil.copy(tmp_path / "alone/tiny/checkpoints/fingerprint.json", kept)
     # As if interrupted: of these layers some are computed again, and others keep what their backward needs.
     write_json(kept / PLAN, asdict(Division(forwards=1, recomputed=2, offloaded=False, dense=3)))
-    command = [sys.executable, "-m", "qlora", "train", str(path), "train.processes=2", "train.shard=true"]
+    command = [warm_python, "-m", "qlora", "train", str(path), "train.processes=2", "train.shard=true"]
     launch(command, tmp_path / "sharing")
     metrics = same_training(tmp_path / "alone", tmp_path / "sharing", processes=2)
     assert f"2 of {LAYERS} layers recomputed, the base shared by 2 processes" in metrics["plan"]
@@ -115,17 +114,22 @@ def same_training(one: Path, other: Path, processes: int, since: int = 0) -> dic
     return found
 
 
-def two_machines(directory: Path) -> dict[str, str]:
-    """The environment of a job on two machines of one GPU each, of which both are this one."""
+def two_machines(directory: Path, python: str) -> dict[str, str]:
+    """The environment of a job on two machines of one GPU each, of which both are this one; `python` runs commands."""
     directory.mkdir()
-    tasks = 'set -e; SLURM_NODEID=0 "${@:2}" & first=$!; SLURM_NODEID=1 "${@:2}"; wait $first'
-    for name, body in {"scontrol": "echo 127.0.0.1; echo 127.0.0.1", "srun": tasks}.items():
+    commands = {
+        "scontrol": "echo 127.0.0.1; echo 127.0.0.1",
+        "srun": 'set -e; SLURM_NODEID=0 "${@:2}" & first=$!; SLURM_NODEID=1 "${@:2}"; wait $first',
+        "accelerate": f'exec {python} -m accelerate.commands.accelerate_cli "$@"',
+        "qlora": f'exec {python} -m qlora "$@"',
+    }
+    for name, body in commands.items():
         (directory / name).write_text(f"#!/bin/bash\n{body}\n")
         (directory / name).chmod(0o755)
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port = one.getsockname()[1]
-    path = os.pathsep.join([str(directory), str(Path(sys.executable).parent), os.environ["PATH"]])
+    path = os.pathsep.join([str(directory), os.environ["PATH"]])
     job = {"SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "1"}
     return job | {"PATH": path, "PORT": str(port)}
 
