@@ -110,7 +110,7 @@ class Arrivals:
 def takes(weight: PackedWeight) -> bool:
     """Whether `striped` has an order for the codes of this weight, and Triton is there to multiply with it."""
     nvidia = triton is not None and torch.version.hip is None  # the kernel has an instruction of NVIDIA's
-    return nvidia and weight.bits == BITS and _stripe(weight) is not None
+    return nvidia and weight.bits == BITS and _stripe(weight) is not None and _exact_in_fp16(weight.scales_GN)
 
 
 def striped(weight: PackedWeight) -> StripedWeight:
@@ -125,6 +125,12 @@ def striped(weight: PackedWeight) -> StripedWeight:
     scales_GN = weight.scales_GN.to(torch.float16).view(torch.int16).to(torch.int32) & 0xFFFF
     grids_GN = weight.zeros_GN.to(torch.int32) << 16 | scales_GN
     return StripedWeight(halves.flatten(0, 1).to(torch.int16), grids_GN, stripe, weight.rows_K)
+
+
+def _exact_in_fp16(scales_GN: torch.Tensor) -> bool:
+    if scales_GN.dtype == torch.float16:
+        return True
+    return torch.equal(scales_GN.to(torch.float16).to(scales_GN.dtype), scales_GN)
 
 
 def _stripe(weight: PackedWeight) -> int | None:

@@ -7,6 +7,7 @@ runs the kernels where there is no GPU but a Triton package.
 
 import importlib.util
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -117,6 +118,17 @@ def test_groups_that_no_stripe_fits_are_not_taken():
     assert not takes(packed(192, 32, 48))
     assert not takes(packed(96, 32, 32))
     assert takes(packed(128, 32, 32)) == (gptq_gemv.triton is not None)
+
+
+def test_scales_that_fp16_does_not_hold_are_not_taken():
+    weight = packed(128, 32, 32)
+    held = weight.scales_GN.to(torch.bfloat16)
+    assert takes(replace(weight, scales_GN=held)) == (gptq_gemv.triton is not None)
+    assert torch.equal(
+        dequantized(striped(replace(weight, scales_GN=held)), torch.float32),
+        dequantize(replace(weight, scales_GN=held), None, torch.float32),
+    )
+    assert not takes(replace(weight, scales_GN=held * 2**-20))
 
 
 def test_the_plain_product_is_that_of_the_weight():
