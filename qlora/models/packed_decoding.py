@@ -38,6 +38,8 @@ from qlora.models.rotary_functions import replace_rotary
 from qlora.quantization.modules import decoder_layers
 
 ATTENTION = "qlora_decoding"
+CHANGES_ATTENTION = "softcap", "position_bias", "cache", "s_aux"
+"""Arguments by which models ask for other than softmax(q·kᵀ + mask)·v."""
 SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 NORMS = "input_layernorm", "post_attention_layernorm"
 PARTS = {*NORMS, "self_attn", "mlp"}
@@ -147,8 +149,7 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """[B, H, T, D] → [B, T, H, D]: one token a row by this package's kernel, all else as in transformers' sdpa."""
-    others = {name: kwargs.get(name) for name in ("softcap", "position_bias", "cache", "s_aux")}
-    plain = not kwargs.get("dropout") and all(each is None for each in others.values())
+    plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in CHANGES_ATTENTION)
     if plain and one_token.takes(query, key, attention_mask):
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
         return one_token.attend(query, key, value, attention_mask, scale), None
