@@ -45,15 +45,15 @@ def seconds(
 
 
 def test_time_of_the_quickstart_is_what_was_measured(smollm2: ModelShapes) -> None:
-    """178 s on one AVX-512 core, and 172 s on two that were slower (README.md). Where others were at work beside it,
-    196 s of one core's time: scoring 28, answers 92, golden prompts 44, loading 14, survival 14."""
+    """154 s on one core (golden prompts 33, answers 66, survival 13), with others at work on the other one, and 118 s on
+    two, where training took 96 tokens/s."""
     whole = seconds(smollm2)
-    assert whole == pytest.approx(178, rel=0.3)
-    assert seconds(smollm2, machine=TWO_CORES) == pytest.approx(172, rel=0.3)
-    assert whole - seconds(smollm2, "evaluate.golden=0") == pytest.approx(44, rel=0.3)
+    assert whole == pytest.approx(154, rel=0.3)
+    assert seconds(smollm2, machine=TWO_CORES) == pytest.approx(118, rel=0.3)
+    assert whole - seconds(smollm2, "evaluate.golden=0") == pytest.approx(33, rel=0.35)
     without = ("evaluate.generate=false", "evaluate.metrics=[]", "evaluate.gates.exact_match=null")
-    assert whole - seconds(smollm2, *without) == pytest.approx(92, rel=0.3)
-    assert whole - seconds(smollm2, "evaluate.survival=false") == pytest.approx(14, rel=0.3)
+    assert whole - seconds(smollm2, *without) == pytest.approx(66, rel=0.3)
+    assert whole - seconds(smollm2, "evaluate.survival=false") == pytest.approx(13, rel=0.3)
 
 
 def test_everything_that_is_asked_for_takes_time(smollm2: ModelShapes) -> None:
@@ -68,7 +68,7 @@ def test_everything_that_is_asked_for_takes_time(smollm2: ModelShapes) -> None:
     one_merge, both = (seconds(smollm2, f"evaluate.compare_merges={asked}") for asked in ("false", "true"))
     written = ("evaluate.compare_merges=true", "merge.write=false")
     assert both > seconds(smollm2, *written) > one_merge
-    assert seconds(smollm2, "model.quantization=none") < whole / 2, "no model but 16-bit ones: nothing to unpack"
+    assert seconds(smollm2, "model.quantization=none") < 0.65 * whole, "no model but 16-bit ones: nothing to unpack"
 
 
 def test_rows_without_answers_are_scored_and_give_golden_prompts_alone(smollm2: ModelShapes) -> None:
