@@ -45,8 +45,8 @@ def seconds(
 
 
 def test_time_of_the_quickstart_is_what_was_measured(smollm2: ModelShapes) -> None:
-    """154 s on one core (golden prompts 33, answers 66, survival 13), with others at work on the other one, and 118 s on
-    two, where training took 96 tokens/s."""
+    """154 s on one core (golden prompts 33, answers 66, survival 13) with others at work on the other, and 118 s on
+    two, where training went at 96 tokens/s."""
     whole = seconds(smollm2)
     assert whole == pytest.approx(154, rel=0.3)
     assert seconds(smollm2, machine=TWO_CORES) == pytest.approx(118, rel=0.3)
