@@ -25,7 +25,6 @@ from torch.nn.functional import gelu
 from torch.nn.functional import silu as silu_of
 
 from qlora.kernels.packed_linear import PackedWeight
-from qlora.models.gptq_format import unpack_rows
 
 try:
     import triton
@@ -34,6 +33,8 @@ except ImportError:  # CPU builds of torch come without Triton
     triton = None
 
 BITS = 4
+CODES = 8
+"""Of a word of a checkpoint."""
 STRIPES = 4
 """Of a block: as many as a halfword has codes."""
 MOST_ROWS = 64
@@ -117,14 +118,15 @@ def striped(weight: PackedWeight) -> StripedWeight:
     """The same weight in the other order; `takes` must hold for it."""
     stripe = _stripe(weight)
     assert weight.bits == BITS and stripe is not None
-    codes_KN = unpack_rows(weight.qweight_WN, BITS)
-    blocks = codes_KN.view(-1, STRIPES, stripe, codes_KN.shape[1])
-    halves = torch.zeros_like(blocks[:, 0], dtype=torch.int32)
-    for index in range(STRIPES):
-        halves |= blocks[:, index].to(torch.int32) << BITS * index
+    outputs, inputs = weight.shape
+    words = weight.qweight_WN.view(-1, STRIPES, stripe // CODES, outputs)
+    halves = torch.empty(len(words), stripe // CODES, CODES, outputs, dtype=torch.int16, device=weight.device)
+    for code in range(CODES):
+        of_stripes = [(words[:, index] >> BITS * code & 2**BITS - 1) << BITS * index for index in range(STRIPES)]
+        halves[:, :, code] = sum(of_stripes)
     scales_GN = weight.scales_GN.to(torch.float16).view(torch.int16).to(torch.int32) & 0xFFFF
     grids_GN = weight.zeros_GN.to(torch.int32) << 16 | scales_GN
-    return StripedWeight(halves.flatten(0, 1).to(torch.int16), grids_GN, stripe, weight.rows_K)
+    return StripedWeight(halves.view(inputs // STRIPES, outputs), grids_GN, stripe, weight.rows_K)
 
 
 def _exact_in_fp16(scales_GN: torch.Tensor) -> bool:
