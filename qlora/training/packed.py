@@ -8,6 +8,7 @@ Shapes: T tokens of a packed row, H heads, D width of a head, S rows in it.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from inspect import signature
 from itertools import accumulate
@@ -31,6 +32,8 @@ FASTEST_FIRST = [
     SDPBackend.MATH,
 ]
 LENGTHS_THAT_COME_AGAIN = 256
+SHORT = 128
+"""Positions of a row up to which, on a CPU, PyTorch's plain attention beats its flash attention, by the backward."""
 # Of logits, where rows see each other; orders of rounding are far below it, in bf16 too.
 LEAK = 0.1
 
@@ -215,8 +218,10 @@ def _row_by_row(
             place = torch.arange(stop - start, device=query.device)
             back = place[:, None] - place[None, :]
             mask = (back >= 0) & (back < window)
-        output = scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
-        )
+        plainly = not query.is_cuda and stop - start <= SHORT
+        with sdpa_kernel(SDPBackend.MATH) if plainly else contextlib.nullcontext():
+            output = scaled_dot_product_attention(
+                query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=True
+            )
         outputs.append(output[0].transpose(0, 1))
     return torch.cat(outputs)
