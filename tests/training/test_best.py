@@ -12,9 +12,9 @@ from qlora.pipeline import Pipeline
 from qlora.recipe_file import load_recipe
 from qlora.training.best import KeepBest
 
-# Learns a few rows by heart, and nothing of others.
+# Learns a few rows by heart: the loss of others falls for six steps, then rises.
 TOO_FAST = (
-    *("train.learning_rate=0.1", "train.scheduler=constant", "train.max_steps=24", "train.evaluate_every=2"),
+    *("train.learning_rate=0.01", "train.scheduler=constant", "train.max_steps=24", "train.evaluate_every=2"),
     *("data.eval=null", "data.eval_share=0.5"),
 )
 
