@@ -43,12 +43,8 @@ class _Layer(StaticLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        if self._prefills:
-            self.keys.index_copy_(2, self._positions[0], key_states)
-            self.values.index_copy_(2, self._positions[0], value_states)
-            return key_states, value_states
         append(self.keys, self.values, self._positions[0], key_states, value_states)
-        return self.keys, self.values
+        return (key_states, value_states) if self._prefills else (self.keys, self.values)
 
     @property
     def _prefills(self) -> bool:

@@ -209,7 +209,7 @@ def _launch(
 ) -> torch.Tensor:
     rows, (outputs, inputs) = len(x_MK), weight.shape
     block = STRIPES * weight.stripe
-    parts, each = _split(tiles, inputs // block, outputs, _processors(x_MK.device))
+    parts, each = _split(tiles, inputs // block, outputs, processors(x_MK.device))
     y_MN = torch.empty(rows, outputs, dtype=x_MK.dtype, device=x_MK.device)
     sums = torch.empty(parts, rows, outputs, dtype=torch.float32, device=x_MK.device) if parts > 1 else y_MN
     _few_rows_kernel[(triton.cdiv(outputs, tiles.columns), parts)](
@@ -230,7 +230,8 @@ def _split(tiles: Tiles, blocks: int, outputs: int, processors: int) -> tuple[in
     return triton.cdiv(blocks, each), each
 
 
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; of what Triton's interpreter stands in for, a few."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
@@ -276,20 +277,20 @@ if triton is not None:
         total = tl.zeros((ROOM, COLUMNS), tl.float32)
         for block in tl.range(begin, end, num_stages=STAGES):
             halves = tl.load(half_place + block * STRIPE * outputs, mask=inside_N[None, :], other=0)
-            for group_of_block in tl.static_range(GROUPS):
-                group = block // BLOCKS * GROUPS + group_of_block
-                grid = tl.load(grids_ptr + group * outputs + column, mask=inside_N, other=0)
-                scale = grid.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
-                zero = (grid >> 16).to(tl.int16) | (0x4300 if BF16 else 0x6400)
-                zero = zero.to(x_ptr.dtype.element_ty, bitcast=True)
-                sums = tl.zeros((ROOM, COLUMNS), tl.float32)
-                for stripe_of_group in tl.static_range(4 // GROUPS):
-                    stripe = group_of_block * (4 // GROUPS) + stripe_of_group
-                    x = tl.load(x_place + (block * 4 + stripe) * STRIPE, mask=inside_M, other=0.0)
-                    code = _beside_power(halves, BF16, group_of_block * (4 // GROUPS) + stripe_of_group)
-                    steps = code.to(x_ptr.dtype.element_ty, bitcast=True) - zero[None, :]
-                    sums = tl.dot(x, steps, sums)
-                total += sums * scale[None, :]
+            for stripe in tl.static_range(4):
+                if stripe % (4 // GROUPS) == 0:  # a group begins
+                    group = block // BLOCKS * GROUPS + stripe // (4 // GROUPS)
+                    grid = tl.load(grids_ptr + group * outputs + column, mask=inside_N, other=0)
+                    scale = grid.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+                    zero = (grid >> 16).to(tl.int16) | (0x4300 if BF16 else 0x6400)
+                    zero = zero.to(x_ptr.dtype.element_ty, bitcast=True)
+                    sums = tl.zeros((ROOM, COLUMNS), tl.float32)
+                x = tl.load(x_place + (block * 4 + stripe) * STRIPE, mask=inside_M, other=0.0)
+                code = _beside_power(halves, BF16, stripe)
+                steps = code.to(x_ptr.dtype.element_ty, bitcast=True) - zero[None, :]
+                sums = tl.dot(x, steps, sums)
+                if stripe % (4 // GROUPS) == 4 // GROUPS - 1:
+                    total += sums * scale[None, :]
         at = row[:, None] * outputs + column[None, :]
         inside = inside_M & inside_N[None, :]
         last = True

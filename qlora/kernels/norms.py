@@ -46,7 +46,7 @@ class RmsNorm:
         return rms_norm(x, (x.shape[-1],), self.gain_D(norm), self.epsilon)
 
     def in_one_pass(self, norm: Any, x: torch.Tensor) -> torch.Tensor:
-        """The same without a backward, by the kernel below: PyTorch's takes three times as long for a few tokens."""
+        """The same without a backward, by the kernel below: PyTorch's is slow for a few tokens."""
         if triton is None or not x.is_cuda:
             return self.forward(norm, x)
         return _add_norm_with_triton(x, None, self.gain_D(norm), self.epsilon)[1]

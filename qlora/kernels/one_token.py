@@ -18,15 +18,14 @@ from dataclasses import dataclass
 
 import torch
 
+from qlora.kernels.gptq_gemv import DTYPES, LEAST_ROOM, processors
+
 try:
     import triton
     import triton.language as tl
 except ImportError:  # CPU builds of torch come without Triton
     triton = None
 
-DTYPES = (torch.float16, torch.bfloat16)
-LEAST_ROOM = 16
-"""Rows of a tensor core's product."""
 WIDEST = 256
 MOST_PARTS = 32
 LOOK = 1024
@@ -82,7 +81,7 @@ def attend(
     """
     (rows, heads, _, width), (groups, slots) = query_BH1D.shape, key_BGSD.shape[1:3]
     tiles = triton.cdiv(slots, cut.slots)
-    wanted = triton.cdiv(cut.per_processor * _processors(query_BH1D.device), rows * groups)
+    wanted = triton.cdiv(cut.per_processor * processors(query_BH1D.device), rows * groups)
     each = triton.cdiv(tiles, min(tiles, MOST_PARTS, wanted))
     parts = triton.cdiv(tiles, each)
     out = torch.empty(rows, 1, heads, width, dtype=query_BH1D.dtype, device=query_BH1D.device)
@@ -121,19 +120,20 @@ def reference(
 def append(
     keys_BGSD: torch.Tensor,
     values_BGSD: torch.Tensor,
-    position: torch.Tensor,
-    key_BG1D: torch.Tensor,
-    value_BG1D: torch.Tensor,
+    positions_T: torch.Tensor,
+    key_BGTD: torch.Tensor,
+    value_BGTD: torch.Tensor,
 ) -> None:
-    """Put one token's keys and values into the slot of the number in `position`, int64 [1] on their device."""
-    rows, groups, _, width = keys_BGSD.shape
-    if triton is None or not keys_BGSD.is_cuda or key_BG1D.stride(3) != 1 or value_BG1D.stride(3) != 1:
-        keys_BGSD.index_copy_(2, position, key_BG1D)
-        values_BGSD.index_copy_(2, position, value_BG1D)
+    """Put keys and values of T tokens into the slots of the numbers in `positions_T`, int64 on their device."""
+    (rows, groups, _, width), tokens = keys_BGSD.shape, key_BGTD.shape[2]
+    contiguous = key_BGTD.stride(3) == value_BGTD.stride(3) == 1
+    if triton is None or not keys_BGSD.is_cuda or tokens > 1 or not contiguous:
+        keys_BGSD.index_copy_(2, positions_T, key_BGTD)
+        values_BGSD.index_copy_(2, positions_T, value_BGTD)
         return
     _append_kernel[(groups, rows)](
-        keys_BGSD, values_BGSD, position, key_BG1D, value_BG1D,
-        *keys_BGSD.stride()[:3], *values_BGSD.stride()[:3], *key_BG1D.stride()[:2], *value_BG1D.stride()[:2],
+        keys_BGSD, values_BGSD, positions_T, key_BGTD, value_BGTD,
+        *keys_BGSD.stride()[:3], *values_BGSD.stride()[:3], *key_BGTD.stride()[:2], *value_BGTD.stride()[:2],
         WIDTH=width, WIDE=triton.next_power_of_2(width), num_warps=1,
     )  # fmt: skip
 
@@ -142,10 +142,6 @@ def append(
 def _counters(device: torch.device) -> torch.Tensor:
     """By which the last program of a head knows that it is the last; zero between calls."""
     return torch.zeros(MOST_COUNTERS, dtype=torch.int32, device=device)
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 if triton is not None:
@@ -238,7 +234,7 @@ if triton is not None:
         keys_row, keys_head, keys_slot, values_row, values_head, values_slot, key_row, key_head, value_row, value_head,
         WIDTH: tl.constexpr, WIDE: tl.constexpr,
     ):  # fmt: skip
-        """One program: a head of keys."""
+        """One program: a head of keys, of one token."""
         group, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
         at = tl.arange(0, WIDE)
         slot = tl.load(position_ptr)

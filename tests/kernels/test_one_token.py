@@ -87,12 +87,13 @@ def test_the_plain_version_is_torchs(mask):
 
 
 @pytest.mark.parametrize("device", ["cpu", DEVICES[1]])
-def test_a_token_is_put_into_its_slot(device):
+@pytest.mark.parametrize("slots", [[7], [2, 3, 4]])
+def test_tokens_are_put_into_their_slots(device, slots):
     keys, values = (torch.randn(2, 3, 10, 20, device=device) for _ in range(2))
     # Parts of one merged linear's output, as a model with heads that share keys has them.
-    merged = torch.randn(2, 1, 2 * 60, device=device)
+    merged = torch.randn(2, len(slots), 2 * 60, device=device)
     key, value = (part.unflatten(-1, (3, 20)).transpose(1, 2) for part in merged.split(60, dim=-1))
     expected = keys.clone(), values.clone()
-    expected[0][:, :, 7], expected[1][:, :, 7] = key[:, :, 0], value[:, :, 0]
-    append(keys, values, torch.tensor([7], device=device), key, value)
+    expected[0][:, :, slots], expected[1][:, :, slots] = key, value
+    append(keys, values, torch.tensor(slots, device=device), key, value)
     assert torch.equal(keys, expected[0]) and torch.equal(values, expected[1])
