@@ -63,11 +63,15 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
+DAMAGED = "the file is damaged: copy the checkpoint again"
+
+
+def read_json(path: Path, fix: str = "delete it and run again") -> Any:
+    """Raises UserError where it is not JSON; fix: what to do about it then."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise UserError(f"not valid JSON: {error.msg}", f"{path}:{error.lineno}", "delete it and run again") from None
+        raise UserError(f"not valid JSON: {error.msg}", f"{path}:{error.lineno}", fix) from None
 
 
 def digest(value: Any) -> str:

@@ -6,7 +6,6 @@ stands for the whole run, beginning with itself. What is shipped is loaded witho
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import tempfile
@@ -16,6 +15,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qlora.artifacts import DAMAGED, read_json
 from qlora.errors import UserError
 from qlora.evaluation.ladder import BASE, START, TRAINED, Rung
 from qlora.facts import RunFacts
@@ -220,7 +220,7 @@ def _base_of(adapter: Path, device: str, base: str | None, trust: bool) -> tuple
             f"its base {kept.base_id} is not found ({reason})", str(adapter), "say where it is: --base DIRECTORY"
         ) from None
     section = _section(kept, found, trust)
-    indices = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("trainable_token_indices")
+    indices = read_json(adapter / ADAPTER_CONFIG, DAMAGED).get("trainable_token_indices")
     tokens = TrainedTokens.of_layers(indices) if indices else None
     if found.revision is None or found.revision != kept.revision:
         _require_same_weights(kept, found, section, device, adapter)
@@ -261,7 +261,7 @@ def _require_same_weights(kept: Provenance, base: Base, section: Model, device: 
 
 
 def _of_checkpoint(directory: Path, device: str, trust: bool) -> Shelf:
-    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = read_json(directory / "config.json", DAMAGED)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if not list(directory.glob("*.safetensors")):
         raise NothingThere("there are no weights (*.safetensors) in this directory", str(directory))

@@ -61,6 +61,14 @@ def test_the_command_measures_each_model_and_keeps_what_it_has(tiny_model, warm_
     assert json.loads((out / "bench.json").read_text())["rows"] == rows
 
 
+def test_an_empty_config_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").touch()
+    assert run(monkeypatch, tmp_path) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("This cannot be measured") and f"{tmp_path}/config.json:1: not valid JSON" in said
+    assert "copy the checkpoint again" in said
+
+
 def test_a_process_that_takes_too_long_is_stopped(tiny_model, tmp_path):
     plan = benches.Plan((1, 2), (8,), 2, "float32", "cpu", timeout=0.1)
     rows = benches.bench([Subject(str(tiny_model), "16bit")], plan, tmp_path / "bench.json")

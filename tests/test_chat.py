@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora import cli, shelf
 from qlora.chat import Session, Settings, Stream
+from qlora.errors import UserError
 from qlora.models.loading import load_base, load_gptq, load_trained
 from qlora.pipeline import Pipeline
 from qlora.recipe import Model
@@ -471,3 +472,9 @@ def test_a_terminal_shows_a_prompt_colours_and_nothing_of_libraries(run_dir, mod
     assert "merged> " in plain
     for noise in ("Warning", "Loading weights", "torch_dtype", "generation flags"):
         assert noise not in text
+
+
+def test_an_empty_config_is_named(tmp_path):
+    (tmp_path / "config.json").touch()
+    with pytest.raises(UserError, match=r"config.json:1: not valid JSON.*\n.*copy the checkpoint again"):
+        open_shelf(tmp_path, "cpu")

@@ -19,8 +19,7 @@ from typing import Any
 
 from qlora.artifacts import read_json, write_json, write_text
 from qlora.cli import with_allocator
-from qlora.errors import UserError
-from qlora.evaluation.bench_models import Subject, subjects
+from qlora.evaluation.bench_models import NotMeasurable, Subject, subjects
 
 Row = dict[str, Any]
 Combination = tuple[int, int]
@@ -59,7 +58,7 @@ def run(
 ) -> list[Row]:
     """The command: measure, write bench.json, bench.md and bench.png to `out`, and print tables.
 
-    Raises UserError for what cannot be measured as asked, and where nothing could be measured at all.
+    Raises NotMeasurable for what cannot be measured as asked, and where nothing could be measured at all.
     """
     from qlora.models.loading import pick_device
     from qlora.reporting.bench_tables import bench_table, notes
@@ -78,7 +77,7 @@ def run(
         screen.print(f"note: {note}", markup=False)
     screen.print("wrote " + ", ".join(map(str, write_results(rows, out))), markup=False)
     if all("error" in row for row in rows):
-        raise UserError("nothing could be measured", str(out / "bench.json"), "the notes above say why")
+        raise NotMeasurable("nothing could be measured", str(out / "bench.json"), "the notes above say why")
     return rows
 
 

@@ -7,13 +7,13 @@ that are packed already. `qlora` is this package's own kernels (`qlora.models.pa
 from __future__ import annotations
 
 import importlib.util
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qlora.artifacts import DAMAGED, read_json
 from qlora.errors import Problem, UserError, missing_extra
 
 FORMS = {
@@ -37,6 +37,12 @@ KERNELS = {"qlora": "qlora", "marlin": "Marlin", "exllamav2": "ExLlamaV2", "trit
 ON_CPU = ("qlora", "torch")
 OF_AWQ = ("qlora", "gptqmodel")
 """For AWQ gptqmodel chooses among its kernels by itself."""
+
+
+class NotMeasurable(UserError):
+    """Directories, forms or kernels that `qlora bench` cannot measure."""
+
+    title = "This cannot be measured"
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Loaded:
 def subjects(directories: Sequence[Path], forms: Sequence[str], kernels: Sequence[str], device: str) -> list[Subject]:
     """Every directory in each of the forms that it has. kernels: of packed ones; `auto` is all that there are.
 
-    Raises UserError with everything that cannot be measured as asked.
+    Raises NotMeasurable with everything that cannot be measured as asked.
     """
     problems = [Problem(f"no form {form}", "--as", f"one of {', '.join(FORMS)}") for form in forms if form not in FORMS]
     problems += [
@@ -77,7 +83,7 @@ def subjects(directories: Sequence[Path], forms: Sequence[str], kernels: Sequenc
         if kernel not in ("auto", *KERNELS)
     ]
     if problems:
-        raise UserError(problems)
+        raise NotMeasurable(problems)
     found: list[Subject] = []
     for directory in directories:
         try:
@@ -93,7 +99,7 @@ def subjects(directories: Sequence[Path], forms: Sequence[str], kernels: Sequenc
             chosen = _kernels(form, kernels, device) if form in PACKED else [None]
             found += [Subject(str(directory), form, kernel) for kernel in chosen]
     if problems:
-        raise UserError(problems)
+        raise NotMeasurable(problems)
     return found
 
 
@@ -104,7 +110,7 @@ def _method(directory: Path) -> str | None:
         adapter = (directory / "adapter_config.json").is_file()
         fix = "merge it first: `qlora merge`" if adapter else "name a folder that has a config.json and safetensors"
         raise UserError("an adapter is no model of its own" if adapter else "no model here", str(directory), fix)
-    config = json.loads(path.read_text(encoding="utf-8")).get("quantization_config")
+    config = read_json(path, DAMAGED).get("quantization_config")
     if not config:
         return None
     method = str(config.get("quant_method", "gptq"))
