@@ -30,6 +30,7 @@ FACTS = {
 # Files whose programs one process runs that has imported gptqmodel: all in one worker, so that there is one.
 WITH_GPTQMODEL = (
     "test_gptqmodel_interop", "test_external", "test_architectures", "test_module_settings", "test_trainable_kernels",
+    "test_bench_kernels",
 )  # fmt: skip
 # Files that take longest, first: the last ones to run then end at about the same time in both workers.
 SLOWEST = (

@@ -1,5 +1,6 @@
 """`qlora bench`: what it measures, what it keeps, and what one model's failure does to the others."""
 
+import importlib.util
 import json
 import shutil
 import sys
@@ -118,9 +119,13 @@ def test_forms_and_kernels_of_directories(tiny_model, save_packed):
     found = [
         (each.form, each.kernel) for each in subjects([tiny_model, gptq, awq], every, ["qlora", "marlin"], "cuda:0")
     ]
-    assert found == [("16bit", None), ("nf4", None), ("gptq", "qlora"), ("gptq", "marlin"), ("awq", "qlora")]
-    kernels = [each.kernel for each in subjects([gptq], every, ["auto"], "cpu")]
-    assert kernels[0] == "qlora" and "marlin" not in kernels
+    assert found[:2] == [("16bit", None), ("nf4", None)]
+    assert found[2:] == [("gptq", "qlora"), ("gptq", "marlin"), ("awq", "qlora"), ("awq", "marlin")]
+    if importlib.util.find_spec("gptqmodel"):
+        everywhere = ["qlora", "torch"]
+        assert [each.kernel for each in subjects([gptq, awq], every, ["auto"], "cpu")] == 2 * everywhere
+    else:
+        assert [each.kernel for each in subjects([gptq, awq], every, ["auto"], "cpu")] == ["qlora", "qlora"]
 
 
 def test_all_that_is_wrong_is_said_at_once(tiny_model, save_packed, tmp_path, monkeypatch, capsys):
@@ -138,6 +143,8 @@ def test_all_that_is_wrong_is_said_at_once(tiny_model, save_packed, tmp_path, mo
         "quantized with fp8",
         "a GPTQ checkpoint has none of the forms nf4",
     ]
+    with pytest.raises(UserError, match="AWQ has none of the kernels triton"):
+        subjects([save_packed("gptq"), save_packed("awq")], ["gptq", "awq"], ["triton"], "cuda:0")
     assert run(monkeypatch, tiny_model, "--as", "fp3", "--kernel", "warp", "--device", "cpu") == 2
     said = capsys.readouterr().err
     assert "no form fp3" in said and "no kernel warp" in said

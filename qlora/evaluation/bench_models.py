@@ -26,17 +26,15 @@ FORMS = {
 }
 DEFAULT_FORMS = ("16bit", "nf4", "int8", "gptq", "awq")
 PACKED = ("gptq", "awq")
-GPTQMODEL_BACKENDS = {
-    "marlin": "gptq_marlin",
-    "exllamav2": "gptq_exllama_v2",
-    "triton": "gptq_triton",
-    "torch": "gptq_torch",
-}
-"""gptqmodel's name of a kernel for GPTQ."""
 KERNELS = {"qlora": "qlora", "marlin": "Marlin", "exllamav2": "ExLlamaV2", "triton": "Triton", "torch": "Torch"}
 ON_CPU = ("qlora", "torch")
-OF_AWQ = ("qlora", "gptqmodel")
-"""For AWQ gptqmodel chooses among its kernels by itself."""
+GPTQMODEL_BACKENDS = {
+    "gptq": {"marlin": "gptq_marlin", "exllamav2": "gptq_exllama_v2", "triton": "gptq_triton", "torch": "gptq_torch"},
+    "awq": {"marlin": "awq_marlin", "exllamav2": "awq_exllama_v2", "torch": "awq_torch"},
+}
+"""gptqmodel's names of the kernels for each form. Its Triton kernel for AWQ takes float16 alone."""
+EXTENSIONS = {("gptq", "exllamav2"): "exllamav2", ("awq", "exllamav2"): "exllamav2_awq"}
+"""What gptqmodel builds for a kernel, beside Marlin's, which are one for each dtype."""
 
 
 class NotMeasurable(UserError):
@@ -98,6 +96,10 @@ def subjects(directories: Sequence[Path], forms: Sequence[str], kernels: Sequenc
         for form in own:
             chosen = _kernels(form, kernels, device) if form in PACKED else [None]
             found += [Subject(str(directory), form, kernel) for kernel in chosen]
+            if not chosen:
+                what = f"{FORMS[form]} has none of the kernels {', '.join(kernels)}"
+                fix = f"auto, or of qlora, {', '.join(GPTQMODEL_BACKENDS[form])}"
+                problems.append(Problem(what, f"--kernel, for {directory}", fix))
     if problems:
         raise NotMeasurable(problems)
     return found
@@ -119,13 +121,13 @@ def _method(directory: Path) -> str | None:
     return method
 
 
-def _kernels(form: str, asked: Sequence[str], device: str) -> list[str | None]:
+def _kernels(form: str, asked: Sequence[str], device: str) -> list[str]:
+    of_form = ("qlora", *GPTQMODEL_BACKENDS[form])
     if "auto" not in asked:
-        return list(asked) if form == "gptq" else [kernel for kernel in asked if kernel in OF_AWQ] or ["gptqmodel"]
-    there = KERNELS if form == "gptq" else OF_AWQ
+        return [kernel for kernel in asked if kernel in of_form]
     if importlib.util.find_spec("gptqmodel") is None:
         return ["qlora"]
-    return [kernel for kernel in there if device.startswith("cuda") or form == "awq" or kernel in ON_CPU]
+    return [kernel for kernel in of_form if device.startswith("cuda") or kernel in ON_CPU]
 
 
 def load(subject: Subject, dtype: str, device: str) -> Loaded:
@@ -139,7 +141,7 @@ def load(subject: Subject, dtype: str, device: str) -> Loaded:
     started = time.perf_counter()
     built = _build(subject, getattr(torch, dtype))
     building = time.perf_counter() - started if built else 0.0
-    loader = _packed_by_qlora if subject.kernel == "qlora" else _by_gptqmodel if subject.form == "gptq" else _plain
+    loader = _plain if subject.kernel is None else _packed_by_qlora if subject.kernel == "qlora" else _by_gptqmodel
     _import_libraries(subject)
     started = time.perf_counter()
     model = loader(subject, getattr(torch, dtype), device)
@@ -176,7 +178,7 @@ def _import_libraries(subject: Subject) -> None:
 
 
 def _plain(subject: Subject, dtype: Any, device: str) -> Any:
-    """By transformers, which has bitsandbytes quantize while it loads, and gptqmodel run AWQ."""
+    """By transformers, which has bitsandbytes quantize while it loads."""
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     options: dict[str, Any] = {"dtype": dtype, "device_map": {"": device}, "attn_implementation": "sdpa"}
@@ -207,7 +209,7 @@ def _by_gptqmodel(subject: Subject, dtype: Any, device: str) -> Any:
     from gptqmodel import BACKEND, GPTQModel
 
     assert subject.kernel is not None
-    backend = BACKEND(GPTQMODEL_BACKENDS[subject.kernel])
+    backend = BACKEND(GPTQMODEL_BACKENDS[subject.form][subject.kernel])
     return GPTQModel.load(subject.directory, backend=backend, device=device, dtype=dtype).model
 
 
@@ -215,12 +217,12 @@ def _build(subject: Subject, dtype: Any) -> bool:
     """Have gptqmodel build the CUDA extension of a kernel, unless its cache has it. Raises with the builder's words."""
     import torch
 
-    names = {"marlin": "marlin_bf16" if dtype == torch.bfloat16 else "marlin_fp16", "exllamav2": "exllamav2"}
-    if subject.form != "gptq" or subject.kernel not in names:
+    marlin = "marlin_bf16" if dtype == torch.bfloat16 else "marlin_fp16"
+    name = marlin if subject.kernel == "marlin" else EXTENSIONS.get((subject.form, subject.kernel or ""))
+    if name is None:
         return False
     from gptqmodel import extension
 
-    name = names[subject.kernel]
     if not extension.is_available(name):
         raise RuntimeError(f"gptqmodel cannot build {name}: {' '.join(str(extension.error(name)).split())[-600:]}")
     return True
