@@ -121,11 +121,11 @@ def test_forms_and_kernels_of_directories(tiny_model, save_packed):
     ]
     assert found[:2] == [("16bit", None), ("nf4", None)]
     assert found[2:] == [("gptq", "qlora"), ("gptq", "marlin"), ("awq", "qlora"), ("awq", "marlin")]
-    if importlib.util.find_spec("gptqmodel"):
-        everywhere = ["qlora", "torch"]
-        assert [each.kernel for each in subjects([gptq, awq], every, ["auto"], "cpu")] == 2 * everywhere
-    else:
-        assert [each.kernel for each in subjects([gptq, awq], every, ["auto"], "cpu")] == ["qlora", "qlora"]
+    with_gptqmodel = importlib.util.find_spec("gptqmodel") is not None
+    chosen = [each.kernel for each in subjects([gptq, awq], every, ["auto"], "cpu")]
+    assert chosen == (["qlora", "torch"] if with_gptqmodel else ["qlora"]) * 2
+    chosen = [each.kernel for each in subjects([awq], every, ["auto"], "cuda:0")]
+    assert chosen == (["qlora", "marlin", "exllamav2"] if with_gptqmodel else ["qlora"])
 
 
 def test_all_that_is_wrong_is_said_at_once(tiny_model, save_packed, tmp_path, monkeypatch, capsys):

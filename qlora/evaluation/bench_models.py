@@ -33,6 +33,8 @@ GPTQMODEL_BACKENDS = {
     "awq": {"marlin": "awq_marlin", "exllamav2": "awq_exllama_v2", "torch": "awq_torch"},
 }
 """gptqmodel's names of the kernels for each form. Its Triton kernel for AWQ takes float16 alone."""
+SLOW_ON_GPU = ("awq", "torch")
+"""Copies from the host at every product, which no graph holds either: measured when asked for."""
 EXTENSIONS = {("gptq", "exllamav2"): "exllamav2", ("awq", "exllamav2"): "exllamav2_awq"}
 """What gptqmodel builds for a kernel, beside Marlin's, which are one for each dtype."""
 
@@ -127,7 +129,9 @@ def _kernels(form: str, asked: Sequence[str], device: str) -> list[str]:
         return [kernel for kernel in asked if kernel in of_form]
     if importlib.util.find_spec("gptqmodel") is None:
         return ["qlora"]
-    return [kernel for kernel in of_form if device.startswith("cuda") or kernel in ON_CPU]
+    if not device.startswith("cuda"):
+        return [kernel for kernel in of_form if kernel in ON_CPU]
+    return [kernel for kernel in of_form if (form, kernel) != SLOW_ON_GPU]
 
 
 def load(subject: Subject, dtype: str, device: str) -> Loaded:

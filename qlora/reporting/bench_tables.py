@@ -228,7 +228,9 @@ def _styles(rows: Sequence[Row]) -> Styles:
         for place, model in enumerate(members):
             shade = 0.85 if len(members) == 1 else 0.95 - 0.55 * place / (len(members) - 1)
             marker = MARKERS[models.index(model) % len(MARKERS)]
-            found[model] = {"color": colormaps[family](shade), "marker": marker}
+            # AWQ runs on GPTQ's kernels, and its lines over GPTQ's.
+            line = "--" if model[1] == "awq" else "-"
+            found[model] = {"color": colormaps[family](shade), "marker": marker, "linestyle": line}
     return found
 
 

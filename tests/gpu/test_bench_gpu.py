@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 FORMS = [
     ("16bit", None), ("nf4", None), ("nf4-double", None), ("int8", None),
     ("gptq", "qlora"), ("gptq", "marlin"), ("gptq", "exllamav2"), ("gptq", "triton"), ("gptq", "torch"),
-    ("awq", "qlora"), ("awq", "marlin"), ("awq", "exllamav2"), ("awq", "torch"),
+    ("awq", "qlora"), ("awq", "marlin"), ("awq", "exllamav2"),
 ]  # fmt: skip
 EAGER = {"int8", "exllamav2"}
 """What no graph holds: LLM.int8 asks the GPU for its outliers, ExLlamaV2 launches on a stream of its own."""
