@@ -192,12 +192,10 @@ def test_the_allocator_is_set_before_torch_is_imported_unless_the_user_did(set_b
 
 
 def test_training_does_not_import_gptqmodel(tiny_recipe):
-    """Where it is installed, PEFT would: ten seconds, a banner, and settings of torch that are not ours.
-
-    In an interpreter of its own, which imports everything itself.
-    """
+    """Where it is installed, PEFT would: ten seconds, a banner, and settings of torch that are not ours."""
     code = "import atexit, sys; from qlora.cli import main; sys.argv[1:] = ['train', {!r}];"
-    code += "atexit.register(lambda: print('imported', 'gptqmodel' in sys.modules)); main()"
-    command = [sys.executable, "-c", code.format(str(tiny_recipe()))]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, check=True)
-    assert "imported False" in done.stdout and "GPT-QModel" not in done.stdout + done.stderr
+    code += "said = lambda: print('imported', *(name in sys.modules for name in ('gptqmodel', 'peft')));"
+    code += "atexit.register(said); main()"
+    done = warm.python("-c", code.format(str(tiny_recipe())), env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert "imported False True" in done.stdout and "GPT-QModel" not in done.stdout + done.stderr
