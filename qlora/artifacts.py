@@ -121,9 +121,17 @@ def result_digest(files: Mapping[str, Mapping[str, Any]]) -> str:
 
 def is_intact(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> bool:
     """Whether every file of a manifest is there with its size."""
-    return all(
-        (p := directory / name).is_file() and p.stat().st_size == entry["bytes"] for name, entry in files.items()
-    )
+    return next(missing_or_resized(directory, files), None) is None
+
+
+def missing_or_resized(directory: Path, files: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """`gptq/model.safetensors is missing`, or `has another size`, for files of a manifest; directory: gptq."""
+    for name, entry in files.items():
+        path = directory / name
+        if not path.is_file():
+            yield f"{directory.name}/{name} is missing"
+        elif path.stat().st_size != entry["bytes"]:
+            yield f"{directory.name}/{name} has another size"
 
 
 def require_unaltered(

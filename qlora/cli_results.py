@@ -91,7 +91,7 @@ def chat(
 )  # fmt: skip
 @click.option(
     "--kernel", default="auto", show_default=True,
-    help="For GPTQ: qlora, marlin, exllamav2, triton, torch, or auto for all that are there.",
+    help="For GPTQ and AWQ: qlora, marlin, exllamav2, triton (GPTQ), torch, or auto for all that are there.",
 )  # fmt: skip
 @click.option("--out", type=click.Path(path_type=Path), default=Path("bench"), show_default=True, help="Results.")
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True)

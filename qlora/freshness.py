@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.artifacts import Lineage, digest, is_intact, result_digest
+from qlora.artifacts import Lineage, digest, is_intact, missing_or_resized, result_digest
 from qlora.reporting.console import StageProgress
 from qlora.stages import UNKNOWN, Progress, Run
 
@@ -78,13 +78,16 @@ class Freshness:
         return result | {f"version of {name}": version for name, version in versions().items()}
 
     def what_changed(self, stage: Stage) -> str:
-        """` because lora.r, data.train changed`, or an empty string."""
+        """` because lora.r, data.train changed`, ` because gptq/config.json is missing`, or an empty string."""
         entry = self._entry(stage)
         if entry.get("status") != "complete":
             return ""
         old, new = entry["inputs"], self.fingerprint(stage)
         names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-        return f" because {', '.join(names)} changed" if names else " because files are missing"
+        if names:
+            return f" because {', '.join(names)} changed"
+        damage = missing_or_resized(getattr(self._run.dirs, stage.output), entry["outputs"])
+        return next((f" because {what}" for what in damage), "")
 
     def _entry(self, stage: Stage) -> dict[str, Any]:
         return self._lineage.stages.get(stage.name, {})

@@ -133,6 +133,18 @@ def test_a_second_run_does_nothing_and_a_change_runs_what_depends_on_it(finished
     assert weights(run_dir) == before[1]
 
 
+def test_a_file_that_is_gone_or_was_changed_is_named(finished, tmp_path):
+    path, run_dir, _ = finished
+    shutil.copytree(run_dir, tmp_path / "whole")
+    pipeline = Pipeline(load_recipe(path, (f"output_dir={tmp_path}",)))
+    pipeline.require(["quantize"], "publish")
+    weights = tmp_path / "whole" / "gptq" / "model.safetensors"
+    for damage, words in ((lambda: weights.write_bytes(b""), "has another size"), (weights.unlink, "is missing")):
+        damage()
+        with pytest.raises(UserError, match=f"out of date because gptq/model.safetensors {words}"):
+            pipeline.require(["quantize"], "publish")
+
+
 def test_the_content_of_calibration_text_and_templates_counts_not_their_paths(
     tiny_recipe, tiny_model, tmp_path, capsys
 ):
