@@ -73,12 +73,12 @@ def with_speedups(rows: Sequence[Row]) -> list[Row]:
 
 
 def bench_table(rows: Sequence[Row], prompt: int) -> Table:
-    """Of one prompt length; what failed in red."""
+    """Of one prompt length, units below headings so that 80 columns hold it; what failed in red."""
     title = f"{prompt} tokens of prompt, {rows[0]['new']} new"
-    table = Table(box=None, title=title, title_justify="left", pad_edge=False)
+    table = Table(box=None, title=title, title_justify="left", pad_edge=False, collapse_padding=True)
     table.add_column("")
     for heading, _ in COLUMNS:
-        table.add_column(heading, justify="right")
+        table.add_column(heading.replace(", ", "\n"), justify="right")
     table.add_column("")
     names, last = titles(rows), None
     for row in (row for row in with_speedups(rows) if row["prompt"] == prompt):
@@ -91,10 +91,10 @@ def bench_table(rows: Sequence[Row], prompt: int) -> Table:
 
 
 def _cells(row: Row) -> list[str]:
-    """Of `COLUMNS`, and how steps were run."""
+    """Of `COLUMNS`, and how steps were run, which is said of GPUs: a CPU has no graphs."""
     if "error" in row:
         return ["", "", str(row["batch"]), *[""] * (len(COLUMNS) - 3), "failed"]
-    return [*(text(row) for _, text in COLUMNS), "" if row["graph"] else "eager"]
+    return [*(text(row) for _, text in COLUMNS), "" if row["graph"] or row["device"] == "cpu" else "eager"]
 
 
 def notes(rows: Sequence[Row]) -> list[str]:
