@@ -2,10 +2,13 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
+from io import StringIO
 
 import pytest
+from rich.console import Console
 
 from qlora.cli import main
 from qlora.errors import UserError
@@ -170,6 +173,11 @@ def rows() -> list[dict]:
 def test_tables_say_how_much_faster_and_what_failed():
     assert with_speedups(rows())[2]["speedup"] == pytest.approx(2.5)
     assert bench_table(rows(), 128).row_count == 4
+    narrow = Console(width=80, record=True, file=StringIO())
+    narrow.print(bench_table(rows(), 128))
+    drawn = narrow.export_text()
+    assert "…" not in drawn and "tokens/s" in drawn and re.search(r"^ +8 .* eager *$", drawn, re.MULTILINE)
+    assert "eager" not in markdown([row | {"device": "cpu"} for row in rows()[:1]], "a machine")
     text = markdown(rows(), "a machine")
     assert "| GPTQ, qlora | 3.0 | 4.00 | 1 | 20.0 | 4.00 | 250 | 5.00 | 2.50 |  |" in text
     assert "| failed |" in text and "- GPTQ, qlora, failed: OutOfMemoryError: a / b" in text
