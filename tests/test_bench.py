@@ -4,8 +4,14 @@ import importlib.util
 import json
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import tempfile
+import time
+from contextlib import suppress
 from io import StringIO
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -73,6 +79,34 @@ def test_an_empty_config_is_named(tmp_path, monkeypatch, capsys):
     assert "copy the checkpoint again" in said
 
 
+def test_what_was_measured_before_ctrl_c_is_kept(tiny_model, warm_python, tmp_path):
+    def measured() -> bool:
+        with suppress(FileNotFoundError):  # a folder that goes while it is looked at
+            for rows in Path(tempfile.gettempdir()).glob("*/rows.jsonl"):
+                if str(tiny_model) in rows.with_name("job.json").read_text() and '"row"' in rows.read_text():
+                    return True
+        return False
+
+    out = tmp_path / "out"
+    options = ["--as", "16bit", "--batch", "1,64,128", "--prompt", "8,64", "--new", "150", "--device", "cpu"]
+    command = [warm_python, "-m", "qlora", "bench", str(tiny_model), *options, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not measured():
+        assert process.poll() is None, "it ended before it could be interrupted"
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    assert "the same command continues" in process.communicate()[1] and process.returncode == 130
+    kept = json.loads((out / "bench.json").read_text())["rows"]
+    assert 1 <= len(kept) < 6 and all(row["tokens_per_second"] > 0 for row in kept)
+    assert not measured(), "nothing is left behind"
+
+
+def test_a_folder_that_cannot_be_made_is_named(tiny_model, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    assert run(monkeypatch, tiny_model, "--device", "cpu", "--out", tmp_path / "file" / "out") == 2
+    assert f"{tmp_path}/file/out: cannot be a folder: Not a directory" in capsys.readouterr().err
+
+
 def test_a_process_that_takes_too_long_is_stopped(tiny_model, tmp_path):
     plan = benches.Plan((1, 2), (8,), 2, "float32", "cpu", timeout=0.1)
     rows = benches.bench([Subject(str(tiny_model), "16bit")], plan, tmp_path / "bench.json")
@@ -109,10 +143,11 @@ def test_what_a_process_died_at_is_one_rows_error():
     assert rows([loaded, begun[0], first], None) == [(1, None)]
 
 
-@pytest.mark.parametrize(("form", "kernel"), [("nf4", None), ("gptq", "qlora"), ("awq", "qlora")])
+@pytest.mark.parametrize(("form", "kernel"), [("nf4", None), ("int8", None), ("gptq", "qlora"), ("awq", "qlora")])
 def test_every_form_is_measured(form, kernel, tiny_model, save_packed):
     directory = tiny_model if kernel is None else save_packed(form)
-    row = measure(load(Subject(str(directory), form, kernel), "bfloat16", "cpu").model, 2, 6, 4)
+    loaded = load(Subject(str(directory), form, kernel), "bfloat16", "cpu")
+    row = measure(loaded.model, 2, 6, 4, loaded.eager_because)
     assert row["tokens_per_second"] > 0 and row["eager_because"] is None
 
 

@@ -66,7 +66,10 @@ def run(
 
     place = pick_device(device)
     models = subjects(directories, forms, kernels, place)
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise NotMeasurable(f"cannot be a folder: {error.strerror}", str(out), "name another with --out") from None
     plan = Plan(tuple(batches), tuple(prompts), new, dtype, place)
     with StageProgress("bench") as progress:
         rows = bench(models, plan, out / "bench.json", progress.update)
@@ -86,19 +89,22 @@ def bench(
 ) -> list[Row]:
     """Measure what the JSON file `path` does not have yet; returns the rows asked for, in order, and keeps all there.
 
-    Rows that failed are measured again.
+    Rows that failed are measured again. What was measured when the user interrupts is kept too.
     """
     document = read_json(path) if path.is_file() else {"rows": []}
     known = {_key(row): row for row in document["rows"]}
     wanted = [(model, _key_of(model, plan, pair)) for model in models for pair in plan.combinations]
     total = len(wanted)
+
+    def keep(rows: Sequence[Row]) -> None:
+        known.update((_key(row), row) for row in rows)
+        write_json(path, document | {"rows": list(known.values())})
+
     for model in models:
         missing = [pair for pair in plan.combinations if _unknown(known.get(_key_of(model, plan, pair)))]
         while missing:
             progress(sum(not _unknown(known.get(key)) for _, key in wanted), total, model.label)
-            rows = _process(model, plan, missing)
-            known |= {_key(row): row for row in rows}
-            write_json(path, document | {"rows": list(known.values())})
+            rows = _process(model, plan, missing, keep)
             done = {(row["batch"], row["prompt"]) for row in rows}
             missing = [pair for pair in missing if pair not in done]
     progress(total, total, "")
@@ -117,8 +123,10 @@ def _key_of(model: Subject, plan: Plan, pair: Combination) -> tuple[Any, ...]:
     return (model.directory, model.form, model.kernel, plan.dtype, plan.device, plan.new, *pair)
 
 
-def _process(model: Subject, plan: Plan, pairs: Sequence[Combination]) -> list[Row]:
-    """Rows of some of the combinations, at least of one, from one process."""
+def _process(
+    model: Subject, plan: Plan, pairs: Sequence[Combination], keep: Callable[[Sequence[Row]], None]
+) -> list[Row]:
+    """Rows of some of the combinations, at least of one, from one process; given to `keep` before they are returned."""
     head = asdict(model) | {"model": Path(model.directory).name, "label": model.label}
     head |= {"dtype": plan.dtype, "device": plan.device, "new": plan.new}
     with tempfile.TemporaryDirectory() as folder:
@@ -134,12 +142,21 @@ def _process(model: Subject, plan: Plan, pairs: Sequence[Combination]) -> list[R
                 "rows": str(rows),
             },
         )
-        end = _run([sys.executable, "-m", "qlora.evaluation.bench_process", str(job)], log, plan.timeout)
-        # A last line without an end is of a process that was killed as it wrote.
-        text = rows.read_text(encoding="utf-8") if rows.is_file() else ""
-        lines = [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        words = f"{end}: {_last_words(log)}"
-    return rows_of(head, pairs, lines, None if end == "exit code 0" else words)
+        try:
+            end = _run([sys.executable, "-m", "qlora.evaluation.bench_process", str(job)], log, plan.timeout)
+        except KeyboardInterrupt:
+            keep([row for row in rows_of(head, pairs, _lines(rows), None) if "error" not in row])
+            raise
+        words = None if end == "exit code 0" else f"{end}: {_last_words(log)}"
+        found = rows_of(head, pairs, _lines(rows), words)
+    keep(found)
+    return found
+
+
+def _lines(rows: Path) -> list[Row]:
+    """What a process wrote; a last line without an end is of one that was killed as it wrote."""
+    text = rows.read_text(encoding="utf-8") if rows.is_file() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def rows_of(head: Row, pairs: Sequence[Combination], lines: Sequence[Row], words: str | None) -> list[Row]:

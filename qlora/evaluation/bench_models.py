@@ -33,8 +33,11 @@ GPTQMODEL_BACKENDS = {
     "awq": {"marlin": "awq_marlin", "exllamav2": "awq_exllama_v2", "torch": "awq_torch"},
 }
 """gptqmodel's names of the kernels for each form. Its Triton kernel for AWQ takes float16 alone."""
-SLOW_ON_GPU = ("awq", "torch")
-"""Copies from the host at every product, which no graph holds either: measured when asked for."""
+EAGER = {
+    ("int8", None): "LLM.int8 reads from the GPU which inputs are outliers, which a graph cannot",
+    ("awq", "torch"): "gptqmodel's plain kernel for AWQ copies from the host, which a graph cannot",
+}
+"""(form, kernel) → why no CUDA graph holds its steps. Not tried, since a failed capture can leave state behind."""
 EXTENSIONS = {("gptq", "exllamav2"): "exllamav2", ("awq", "exllamav2"): "exllamav2_awq"}
 """What gptqmodel builds for a kernel, beside Marlin's, which are one for each dtype."""
 
@@ -72,7 +75,8 @@ class Loaded:
 
 
 def subjects(directories: Sequence[Path], forms: Sequence[str], kernels: Sequence[str], device: str) -> list[Subject]:
-    """Every directory in each of the forms that it has. kernels: of packed ones; `auto` is all that there are.
+    """Every directory in each of the forms that it has. kernels: of packed ones; `auto` is all that there are, but for
+    those that no graph holds.
 
     Raises NotMeasurable with everything that cannot be measured as asked.
     """
@@ -131,7 +135,7 @@ def _kernels(form: str, asked: Sequence[str], device: str) -> list[str]:
         return ["qlora"]
     if not device.startswith("cuda"):
         return [kernel for kernel in of_form if kernel in ON_CPU]
-    return [kernel for kernel in of_form if (form, kernel) != SLOW_ON_GPU]
+    return [kernel for kernel in of_form if (form, kernel) not in EAGER]
 
 
 def load(subject: Subject, dtype: str, device: str) -> Loaded:
@@ -152,14 +156,8 @@ def load(subject: Subject, dtype: str, device: str) -> Loaded:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    return Loaded(model.eval(), seconds, building, _known_to_be_eager(subject))
-
-
-def _known_to_be_eager(subject: Subject) -> str | None:
-    # A failed capture can leave a library's state behind, so it is not tried.
-    if subject.form == "int8":
-        return "LLM.int8 reads from the GPU which inputs are outliers, which a graph cannot"
-    return None
+    eager = EAGER.get((subject.form, subject.kernel)) if device.startswith("cuda") else None
+    return Loaded(model.eval(), seconds, building, eager)
 
 
 def _import_libraries(subject: Subject) -> None:

@@ -23,10 +23,10 @@ from qlora.recipe_measuring import GENERAL_LENGTH
 
 # On CPUs as SmolLM2-135M takes on an AVX-512 core; on GPUs assumed, but for makers' data sheets.
 SCORING = Rate(TRAINING.share_of_peak, STREAMING.per_core)  # batches are smaller than GPTQ's
-LAYER_STEP_SECONDS = 2e-3  # of a layer in a step: Python, and what is too small to count otherwise
+LAYER_STEP_SECONDS = 1.8e-3  # of a layer in a step: Python, and what is too small to count otherwise
 READ_RATE = 5e9  # bytes/s of weights that a core reads in a step
 FLOPS_PER_BYTE = 300  # what a GPU computes at its peak while it reads a byte
-UNPACK_RATE = {"cuda": 1e11, "cpu": 200e6}  # weights/s from 4 bits in a pass of the trained model, whatever the cores
+UNPACK_RATE = {"cuda": 1e11, "cpu": 180e6}  # weights/s from 4 bits in a pass of the trained model, whatever the cores
 
 
 @dataclass(frozen=True)

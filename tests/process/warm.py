@@ -11,6 +11,7 @@ run in place of `sys.executable`, for what starts processes itself; those that i
 from __future__ import annotations
 
 import atexit
+import contextlib
 import fcntl
 import json
 import os
@@ -211,8 +212,9 @@ def _attend(connection: socket.socket) -> None:
     stream.write(f"{child}\n")
     stream.flush()
     _, status = os.waitpid(child, 0)
-    stream.write(f"{os.waitstatus_to_exitcode(status)}\n")
-    stream.flush()
+    with contextlib.suppress(BrokenPipeError):  # whoever asked was killed
+        stream.write(f"{os.waitstatus_to_exitcode(status)}\n")
+        stream.flush()
 
 
 def _become(request: dict[str, Any]) -> None:

@@ -1,22 +1,18 @@
-"""The first layers of the real SmolLM2, run by transformers + gptqmodel and by our loader: the same tokens.
+"""A checkpoint of the real SmolLM2, run by transformers + gptqmodel and by our dequantizing loader: the same text.
 
 gptqmodel's plain kernel forms scale·(q − zero) in fp16 before it multiplies, so the reference is loaded in fp16 and
 computes in fp32 as the kernel then does. gptqmodel prints and compiles at import; it runs in another process.
 """
 
 import json
-import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from qlora.data.calibration import CalibrationRow
 from qlora.models.loading import load_gptq, load_tokenizer
 from qlora.quantization import GPTQSettings, quantize_checkpoint
 
-LAYERS = 6
-"""Of 30: what a kernel computes is the same in each."""
 PROMPTS = ("What is the capital of France?", "Write a haiku about the sea.", "Count from one to ten.")
 THROUGH_GPTQMODEL = """
 import json, sys
@@ -34,22 +30,13 @@ print("RESULT", json.dumps([sorted(kinds), out]))
 
 @pytest.fixture(scope="module")
 def checkpoint(through_gptqmodel, smollm2, tmp_path_factory):
-    """SmolLM2's first layers, 4 bits in groups of 64, calibrated on a few sentences."""
-    source = tmp_path_factory.mktemp("gptq") / "smollm2"
-    shutil.copytree(smollm2, source, ignore=shutil.ignore_patterns("*.safetensors*"))
-    tensors = load_file(smollm2 / "model.safetensors")
-    later = tuple(f"model.layers.{layer}." for layer in range(LAYERS, 30))
-    kept = {name: tensor for name, tensor in tensors.items() if not name.startswith(later)}
-    save_file(kept, source / "model.safetensors", {"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    assert config["num_hidden_layers"] == 30
-    (source / "config.json").write_text(json.dumps(config | {"num_hidden_layers": LAYERS}))
-    output = source.with_name("quantized")
+    """SmolLM2, 4 bits in groups of 64, calibrated on a few sentences."""
+    output = tmp_path_factory.mktemp("gptq") / "smollm2"
     output.mkdir()
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(smollm2)
     texts = ["The river bends twice before it meets the sea.", "Twelve apples and three pears make fifteen fruits."]
     rows = [CalibrationRow(tuple(tokenizer(text)["input_ids"])) for text in texts]
-    quantize_checkpoint(source, output, rows, GPTQSettings(group_size=64), device="cpu")
+    quantize_checkpoint(smollm2, output, rows, GPTQSettings(group_size=64), device="cpu")
     return output
 
 
