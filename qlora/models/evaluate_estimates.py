@@ -23,10 +23,10 @@ from qlora.recipe_measuring import GENERAL_LENGTH
 
 # On CPUs as SmolLM2-135M takes on an AVX-512 core; on GPUs assumed, but for makers' data sheets.
 SCORING = Rate(TRAINING.share_of_peak, STREAMING.per_core)  # batches are smaller than GPTQ's
-LAYER_STEP_SECONDS = 1.8e-3  # of a layer in a step: Python, and what is too small to count otherwise
+LAYER_STEP_SECONDS = 1.5e-3  # of a layer in a step: Python, and what is too small to count otherwise
 READ_RATE = 5e9  # bytes/s of weights that a core reads in a step
 FLOPS_PER_BYTE = 300  # what a GPU computes at its peak while it reads a byte
-UNPACK_RATE = {"cuda": 1e11, "cpu": 180e6}  # weights/s from 4 bits in a pass of the trained model, whatever the cores
+UNPACK_RATE = {"cuda": 1e11, "cpu": 100e6}  # weights/s from 4 bits in a pass of the trained model, by a GPU or a core
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,8 @@ def _step_seconds(rows: float, length: int, itemsize: int, shapes: ModelShapes, 
 
 def _unpacking_seconds(shapes: ModelShapes, machine: Machine) -> float:
     """All that is quantized, once."""
-    return shapes.quantized / UNPACK_RATE["cuda" if machine.on_gpu else "cpu"]
+    rate = UNPACK_RATE["cuda"] if machine.on_gpu else UNPACK_RATE["cpu"] * machine.cores
+    return shapes.quantized / rate
 
 
 def _known(seconds: float | None) -> float:

@@ -45,10 +45,11 @@ def seconds(
 
 
 def test_time_of_the_quickstart_is_what_was_measured(smollm2: ModelShapes) -> None:
-    """154 s on one core (golden prompts 33, answers 66, survival 13) with others at work on the other, and 81 s on two
-    (README.md)."""
+    """154 s on one core (golden prompts 33, answers 66, survival 13) with others at work on the other, and 81 s on two.
+    In another run 185 s on one, and 88 with a base in 16 bits (README.md)."""
     whole = seconds(smollm2)
     assert whole == pytest.approx(154, rel=0.3)
+    assert seconds(smollm2, "model.quantization=none") == pytest.approx(88, rel=0.3)
     assert seconds(smollm2, machine=TWO_CORES) == pytest.approx(81, rel=0.3)
     assert whole - seconds(smollm2, "evaluate.golden=0") == pytest.approx(33, rel=0.3)
     without = ("evaluate.generate=false", "evaluate.metrics=[]", "evaluate.gates.exact_match=null")
@@ -68,7 +69,7 @@ def test_everything_that_is_asked_for_takes_time(smollm2: ModelShapes) -> None:
     one_merge, both = (seconds(smollm2, f"evaluate.compare_merges={asked}") for asked in ("false", "true"))
     written = ("evaluate.compare_merges=true", "merge.write=false")
     assert both > seconds(smollm2, *written) > one_merge
-    assert seconds(smollm2, "model.quantization=none") < 0.65 * whole, "no model but 16-bit ones: nothing to unpack"
+    assert seconds(smollm2, "model.quantization=none") < whole / 2, "no model but 16-bit ones: nothing to unpack"
 
 
 def test_rows_without_answers_are_scored_and_give_golden_prompts_alone(smollm2: ModelShapes) -> None:
